@@ -1,0 +1,1 @@
+"""From readings to findings and a plan; tables, no torch."""

@@ -1,0 +1,128 @@
+"""Health levels and findings, from readings and the rule table alone.
+
+The thresholds are those of the health table: priors that the evidence benchmark refits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rnnguard.decision.conditions import When, vocabulary_values
+from rnnguard.decision.rulebook import Rule, Rulebook
+from rnnguard.records import (
+    Finding,
+    Level,
+    Measurement,
+    Record,
+    RunReadings,
+    SiteReadings,
+)
+
+EXPLODING_OVER_WINDOW = math.log(100)
+EXPANSIVE_OVER_WINDOW = math.log(3)
+GROWTH_LIMIT = 100.0
+VANISHED = -4.0  # log10 R
+FADED = math.log10(5e-2)
+
+
+def level_of(site: SiteReadings, run: RunReadings) -> Level:
+    """The first row of the health table that the readings meet."""
+    if run.nonfinite:
+        return "unstable"
+    over_window = site.growth_over_window if site.expansive else 0.0
+    if over_window > EXPLODING_OVER_WINDOW or site.growth > GROWTH_LIMIT:
+        return "exploding"
+    if over_window > EXPANSIVE_OVER_WINDOW:
+        return "at risk: expansive"
+    if site.memory_needed is None or site.retention_at_memory is None:
+        return "unknown"
+    if site.memory_needed > site.window:
+        return "truncated"
+    if site.retention_at_memory < FADED:
+        sure = site.memory_source in ("declared", "estimated")
+        return "vanishing" if sure and site.retention_at_memory < VANISHED else "at risk: fading"
+    return "healthy"
+
+
+def diagnose(measurement: Measurement) -> Measurement:
+    """The same measurement with every site's level filled in."""
+    run = measurement.run
+    sites = tuple(
+        site.model_copy(update={"level": level_of(site, run)}) for site in measurement.sites
+    )
+    return measurement.model_copy(update={"sites": sites})
+
+
+def findings_of(rulebook: Rulebook, measurement: Measurement) -> tuple[Finding, ...]:
+    """Every measured rule that fires, worst first; implied ones are folded into their cause."""
+    found: list[Finding] = []
+    for rule in rulebook.rules:
+        if rule.when is None:
+            continue
+        if rule.when.concerns_site:
+            found += _at_sites(rule, measurement)
+        else:
+            found += _fired(rule, rule.when, None, measurement.run)
+    kept = [finding for finding in found if not _implied(finding, found, rulebook)]
+    order = {"error": 0, "warning": 1, "info": 2}
+    return tuple(sorted(kept, key=lambda f: (order[f.severity], f.path or "", f.code)))
+
+
+def audit_finding(
+    rulebook: Rulebook, code: str, message: str, *, location: str | None = None
+) -> Finding:
+    """A finding about the audit itself, or about what the inspection saw, by its code."""
+    rule = rulebook.rule(code)
+    return _finding(rule, rule.severity, None, location, message, {})
+
+
+def _at_sites(rule: Rule, measurement: Measurement) -> list[Finding]:
+    assert rule.when is not None
+    return [
+        finding
+        for site in measurement.sites
+        for finding in _fired(rule, rule.when, site, measurement.run)
+    ]
+
+
+def _fired(rule: Rule, when: When, site: SiteReadings | None, run: RunReadings) -> list[Finding]:
+    values = vocabulary_values(*_records(site, run))
+    if not when.holds(values):
+        return []
+    graver = rule.error_when is not None and rule.error_when.holds(values)
+    severity = "error" if graver else rule.severity
+    evidence = when.evidence(values)
+    path, location = (site.path, site.location) if site is not None else (None, None)
+    message = rule.message.format_map(values)
+    return [_finding(rule, severity, path, location, message, evidence)]
+
+
+def _records(site: SiteReadings | None, run: RunReadings) -> tuple[Record, ...]:
+    return (run,) if site is None else (site, run)
+
+
+def _finding(
+    rule: Rule, severity: Any, path: str | None, location: str | None, message: str,
+    evidence: dict[str, str],
+) -> Finding:  # fmt: skip
+    return Finding(
+        code=rule.code,
+        name=rule.name,
+        severity=severity,
+        path=path,
+        location=location,
+        message=message,
+        evidence=evidence,
+        cure=rule.cure,
+        fix=rule.fix,
+        refs=rule.refs,
+    )
+
+
+def _implied(finding: Finding, found: list[Finding], rulebook: Rulebook) -> bool:
+    causes = rulebook.rule(finding.code).implied_by
+    return any(
+        other.path == finding.path and (other.code in causes or other.name in causes)
+        for other in found
+    )

@@ -1,0 +1,1 @@
+"""What the model is: its recurrences, what feeds them and who reads them."""

@@ -1,0 +1,195 @@
+"""The recurrences of the model, found where their native calls were recorded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from rnnguard.inspection.dataflow import is_normalized, is_residual, link
+from rnnguard.inspection.gates import cell_of, is_recurrent, is_single_step, recurrences, weights_of
+from rnnguard.inspection.readout import readout_of
+from rnnguard.inspection.recording import NativeCall, Recording
+from rnnguard.records import Site
+
+
+@dataclass(frozen=True)
+class SiteInput:
+    """What a recurrence was given, time first: x (T, B, F), lengths (B,), states (D, B, n)."""
+
+    x: Tensor
+    lengths: Tensor
+    hidden: Tensor
+    cell_state: Tensor | None
+
+
+@dataclass(frozen=True)
+class FoundSite:
+    """A site together with its module and its input; what the probe works on."""
+
+    record: Site
+    module: nn.Module
+    input: SiteInput
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Calls of one module that hand their state on, and the longest run without a detach."""
+
+    calls: tuple[NativeCall, ...]
+    window: int
+
+
+def paths_of(model: nn.Module, module: nn.Module) -> list[str]:
+    """Every path that leads to the module, the first one being its name."""
+    named = model.named_modules(remove_duplicate=False)
+    return [path for path, candidate in named if candidate is module]
+
+
+def recurrent_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every registered recurrent module under its first path."""
+    return {path: module for path, module in model.named_modules() if is_recurrent(module)}
+
+
+def find_sites(model: nn.Module, recording: Recording) -> list[FoundSite]:
+    """The sites whose native calls were recorded, in the order of their first call."""
+    groups: dict[int, list[NativeCall]] = {}
+    for call in recording.calls:
+        module = call.module if call.module is not None else _owner(model, call)
+        if module is not None and cell_of(module) is not None:
+            groups.setdefault(id(module), []).append(call)
+    found = []
+    for calls in groups.values():
+        module = calls[0].module if calls[0].module is not None else _owner(model, calls[0])
+        assert module is not None
+        paths = paths_of(model, module)
+        if paths:
+            found.append(_site(module, paths, calls))
+    return found
+
+
+def _owner(model: nn.Module, call: NativeCall) -> nn.Module | None:
+    """The registered module whose weights the call used, for code that calls the kernel itself."""
+    used = {id(weight) for weight in call.weights}
+    for module in recurrent_modules(model).values():
+        if any(id(parameter) in used for parameter in module.parameters(recurse=False)):
+            return module
+    return None
+
+
+def unregistered_calls(model: nn.Module, recording: Recording) -> list[str]:
+    """file:line of native calls on modules that the model does not know (a plain list, say)."""
+    known = {id(module) for module in model.modules()}
+    return sorted({call.location or "unknown place" for call in recording.calls
+                   if call.module is not None and id(call.module) not in known})  # fmt: skip
+
+
+def _site(module: nn.Module, paths: list[str], calls: list[NativeCall]) -> FoundSite:
+    chain = max(_chains(calls), key=lambda c: sum(_steps(call) for call in c.calls))
+    given = _join([_site_input(module, call) for call in chain.calls])
+    cell = cell_of(module)
+    assert cell is not None
+    first = weights_of(module, *recurrences(module)[0])
+    record = Site(
+        path=paths[0],
+        aliases=tuple(paths[1:]),
+        module=type(module).__name__,
+        cell=cell,
+        form="cell" if is_single_step(module) else "fused",
+        input_size=first.ih.shape[1],
+        hidden_size=first.hidden_size,
+        layers=getattr(module, "num_layers", 1),
+        bidirectional=getattr(module, "bidirectional", False),
+        batch_first=getattr(module, "batch_first", False),
+        proj_size=getattr(module, "proj_size", 0),
+        bias=first.bias_ih is not None,
+        dropout=float(getattr(module, "dropout", 0.0)),
+        steps=int(given.lengths.max()),
+        batch=given.x.shape[1],
+        window=chain.window,
+        calls=len(calls),
+        packed=chain.calls[0].batch_sizes is not None,
+        readout=readout_of(chain.calls),
+        normalized=is_normalized(chain.calls[-1]),
+        residual=is_residual(chain.calls[0]),
+        location=_relative(chain.calls[0].location),
+    )
+    return FoundSite(record, module, given)
+
+
+def _relative(location: str | None) -> str | None:
+    """file:line below the working folder as a relative path, so that reports compare."""
+    here = os.getcwd() + os.sep
+    return location.removeprefix(here) if location else None
+
+
+def _steps(call: NativeCall) -> int:
+    if call.kind.endswith("_cell"):
+        return 1
+    if call.batch_sizes is not None:
+        return len(call.batch_sizes)
+    return call.input.shape[1 if call.batch_first else 0]
+
+
+def _chains(calls: list[NativeCall]) -> list[_Chain]:
+    """Groups the calls of one module into runs that hand their state on."""
+    runs: list[list[NativeCall]] = []
+    cuts: list[list[int]] = []
+    for call in calls:
+        for run, cut in zip(runs, cuts, strict=True):
+            joint = link(run[-1], call)
+            if joint.linked and call.input.shape[1:] == run[-1].input.shape[1:]:
+                cut.append(len(run)) if joint.cut else None
+                run.append(call)
+                break
+        else:
+            runs.append([call])
+            cuts.append([])
+    return [_Chain(tuple(run), _window(run, cut)) for run, cut in zip(runs, cuts, strict=True)]
+
+
+def _window(run: Sequence[NativeCall], cuts: list[int]) -> int:
+    bounds = [0, *cuts, len(run)]
+    return max(sum(_steps(call) for call in run[low:high]) for low, high in pairwise(bounds))
+
+
+def _site_input(module: nn.Module, call: NativeCall) -> SiteInput:
+    x = call.input.detach()
+    if call.kind.endswith("_cell"):
+        hidden = tuple(state.detach()[None] for state in call.state)
+        lengths = torch.ones(x.shape[0], dtype=torch.long, device=x.device)
+        return SiteInput(x[None], lengths, hidden[0], hidden[1] if len(hidden) > 1 else None)
+    hidden = tuple(state.detach() for state in call.state)
+    cell_state = hidden[1] if len(hidden) > 1 else None
+    if call.batch_sizes is not None:
+        padded, lengths = _padded(x, call.batch_sizes)
+        return SiteInput(padded, lengths, hidden[0], cell_state)
+    x = x.transpose(0, 1) if call.batch_first else x
+    lengths = torch.full((x.shape[1],), x.shape[0], dtype=torch.long, device=x.device)
+    return SiteInput(x, lengths, hidden[0], cell_state)
+
+
+def _padded(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed rows as (T, B, F) with zeros behind each end, and the lengths."""
+    sizes = batch_sizes.tolist()
+    padded = data.new_zeros(len(sizes), sizes[0], data.shape[1])
+    lengths = torch.zeros(sizes[0], dtype=torch.long, device=data.device)
+    start = 0
+    for step, size in enumerate(sizes):
+        padded[step, :size] = data[start : start + size]
+        lengths[:size] += 1
+        start += size
+    return padded, lengths
+
+
+def _join(parts: list[SiteInput]) -> SiteInput:
+    """Calls that hand their state on, as one sequence from the first call's state."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    lengths = torch.stack([part.lengths for part in parts]).sum(0)
+    return SiteInput(torch.cat([p.x for p in parts]), lengths, first.hidden, first.cell_state)

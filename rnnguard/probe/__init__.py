@@ -1,0 +1,1 @@
+"""The measuring instrument; leaves no trace on what it measures."""

@@ -1,0 +1,53 @@
+"""Gradient norms and losses over a few real backward passes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rnnguard.inspection.batches import Batches
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Total gradient norm per batch and mean loss; `nonfinite` when any was not finite."""
+
+    norms: tuple[float, ...]
+    loss: float | None
+    nonfinite: bool
+
+    @property
+    def median(self) -> float:
+        finite = [norm for norm in self.norms if math.isfinite(norm)]
+        return statistics.median(finite) if finite else 0.0
+
+    @property
+    def spread(self) -> float:
+        """Largest norm over the median one."""
+        finite = [norm for norm in self.norms if math.isfinite(norm)]
+        return max(finite) / self.median if finite and self.median > 0 else 1.0
+
+
+def gradient_norms(model: nn.Module, batches: Batches, seed: int) -> Gradients:
+    """One backward pass per batch; call inside `untouched`, which gives the gradients back."""
+    norms: list[float] = []
+    losses: list[float] = []
+    for batch in batches.batches:
+        scalar = batches.scalar(batches.forward(model, batch), batch, seed)
+        if scalar is None or not scalar.requires_grad:
+            continue
+        # A state kept from an earlier call holds a graph that is the user's to differentiate.
+        scalar.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        losses.append(float(scalar.detach()))
+        found = [p.grad.detach() for p in model.parameters() if p.grad is not None]
+        dense = [g.to_dense() if g.is_sparse else g for g in found]
+        norms.append(float(torch.nn.utils.get_total_norm(dense)) if dense else 0.0)
+        for parameter in model.parameters():
+            parameter.grad = None
+    nonfinite = not all(map(math.isfinite, (*norms, *losses)))
+    loss = statistics.fmean(losses) if losses and batches.has_loss else None
+    return Gradients(tuple(norms), loss, nonfinite)

@@ -1,0 +1,38 @@
+"""Keep bias spread over the time scales that the task needs.
+
+Tallec and Ollivier, ICLR 2018, eq. 16: b_f ~ log U(1, T_max - 1), b_i = -b_f. PyTorch's
+GRU keeps with z, so there b_z = +log U(1, T_max - 1).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rnnguard.records import Dose, RunReadings, SiteReadings
+from rnnguard.remedies.remedy import Remedy, each_weights, seeded, stratified, write_keep_bias_
+from rnnguard.rewrite.edit import Edit
+
+
+def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dose | None:
+    t_max = wanted.get("t_max")
+    if site is None or not site.bias or t_max is None or float(t_max) < 3:
+        return None
+    return {"t_max": int(t_max), "seed": run.seed}
+
+
+def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
+    generator = seeded(dose)
+    t_max = float(dose["t_max"] or 0)
+    for weights in each_weights(module):
+        spread = stratified(weights.hidden_size, generator)
+        write_keep_bias_(edit, module, weights, (1 + (t_max - 2) * spread).log())
+
+
+CHRONO_BIAS = Remedy(
+    name="chrono_bias",
+    tier="values",
+    summary="Keep bias ~ log U(1, T - 1) for the memory needed T; an LSTM's input bias is tied.",
+    apply=_apply,
+    aim="health",
+    prescription=_prescribe,
+)

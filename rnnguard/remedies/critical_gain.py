@@ -1,0 +1,38 @@
+"""Recurrent matrix scaled so that the measured leading exponent comes to zero.
+
+The critical gain depends on the drive (mean-field theory of random networks: Chen,
+Pennington and Schoenholz 2018), so it is read off the data-driven trajectory.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rnnguard.records import Dose, RunReadings, SiteReadings
+from rnnguard.remedies.remedy import Remedy, each_weights
+from rnnguard.rewrite.edit import Edit
+
+CAUTION = 0.7
+
+
+def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dose | None:
+    """Most of the way to one over the measured decay, since active units grow with the gain."""
+    if site is None or not site.decay_per_step > 0:
+        return None
+    factor = min(2.0, max(0.5, site.decay_per_step**-CAUTION))
+    return {"factor": float(f"{factor:.4g}")}
+
+
+def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
+    for weights in each_weights(module):
+        edit.write_(weights.hh, weights.hh.detach() * float(dose["factor"] or 1.0))
+
+
+CRITICAL_GAIN = Remedy(
+    name="critical_gain",
+    tier="values",
+    summary="Recurrent matrix scaled until the measured leading exponent is about zero.",
+    apply=_apply,
+    aim="health",
+    prescription=_prescribe,
+)

@@ -1,0 +1,29 @@
+"""What a step does with a gradient that is not finite: skip it, or pass it on and count."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rnnguard.records import Dose, RunReadings, SiteReadings
+from rnnguard.remedies.remedy import Remedy
+from rnnguard.rewrite.edit import Edit
+from rnnguard.rewrite.schedule import GuardSettings
+
+
+def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dose | None:
+    """Skipping needs the norm on the host, which on a GPU would make every step wait."""
+    return {"on_nonfinite": "skip" if run.device == "cpu" else "propagate"}
+
+
+def _apply(edit: Edit, model: nn.Module, dose: Dose) -> None:
+    skips = dose["on_nonfinite"] == "skip"
+    edit.hook_(GuardSettings(on_nonfinite="skip" if skips else "propagate"))
+
+
+NONFINITE_GUARD = Remedy(
+    name="nonfinite_guard",
+    tier="step",
+    summary="Steps with a non-finite gradient are skipped on the CPU, counted on a GPU.",
+    apply=_apply,
+    prescription=_prescribe,
+)

@@ -1,0 +1,45 @@
+"""Orthogonal recurrent matrix, gate by gate; on the whole stack it would not be orthogonal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rnnguard.inspection.gates import GATES, cell_of
+from rnnguard.records import Dose
+from rnnguard.remedies.remedy import Remedy, each_weights, seeded, with_seed
+from rnnguard.rewrite.edit import Edit
+
+
+def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
+    cell = cell_of(module)
+    assert cell is not None
+    blocks = len(GATES[cell].blocks)
+    generator = seeded(dose)
+    gain = float(dose.get("gain") or 1.0)
+    for weights in each_weights(module):
+        parts = [_orthogonal(b, gain, generator) for b in weights.hh.detach().chunk(blocks)]
+        edit.write_(weights.hh, torch.cat(parts))
+        if blocks > 1:
+            continue
+        # A constant drive makes an orthogonal recurrence wander into saturation.
+        for bias in (weights.bias_ih, weights.bias_hh):
+            if bias is not None:
+                edit.write_(bias, torch.zeros_like(bias))
+
+
+def _orthogonal(block: Tensor, gain: float, generator: torch.Generator) -> Tensor:
+    """Computed in float64 on the CPU: half precision has no QR, and seeds stay comparable."""
+    fresh = torch.empty(block.shape, dtype=torch.float64)
+    nn.init.orthogonal_(fresh, gain, generator=generator)
+    return fresh
+
+
+ORTHOGONAL = Remedy(
+    name="orthogonal",
+    tier="values",
+    summary="Orthogonal recurrent matrix per gate, zero biases in a plain RNN.",
+    apply=_apply,
+    aim="health",
+    prescription=with_seed,
+)

@@ -1,0 +1,242 @@
+"""The report: what was found, what was changed, and what it looks like now."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rnnguard
+from rnnguard.errors import Refusal, RulesError
+from rnnguard.records import (
+    SCHEMA,
+    SEVERITIES,
+    Change,
+    Finding,
+    Level,
+    Measurement,
+    Plan,
+    Severity,
+    Site,
+    SiteReadings,
+    near_miss,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+
+class Report:
+    """What an audit or a stabilization found and did; readings are those of the newest look.
+
+    `findings` were there before any change, `remaining` are there now.
+    `report["encoder.lstm"]` gives the readings of a site.
+    """
+
+    def __init__(
+        self,
+        *,
+        sites: tuple[Site, ...],
+        before: Measurement,
+        after: Measurement | None,
+        findings: tuple[Finding, ...],
+        remaining: tuple[Finding, ...],
+        changes: tuple[Change, ...],
+        plan: Plan,
+        refusals: tuple[Refusal, ...] = (),
+        notes: tuple[str, ...] = (),
+        undo: Callable[[], None] | None = None,
+    ) -> None:
+        self.sites = sites
+        self.before = before
+        self.after = after
+        self.findings = findings
+        self.remaining = remaining
+        self.changes = changes
+        self.plan = plan
+        self.refusals = refusals
+        self.notes = notes
+        self._undo = undo
+
+    @property
+    def now(self) -> Measurement:
+        """The newest measurement."""
+        return self.after or self.before
+
+    @property
+    def looks(self) -> tuple[tuple[str, Measurement], ...]:
+        """The measurements with the name of their time: now alone, or before and after."""
+        if self.after is None:
+            return (("now", self.before),)
+        return (("before", self.before), ("after", self.after))
+
+    @property
+    def ok(self) -> bool:
+        """Whether no finding of severity error remains."""
+        return not self.exceeds("error")
+
+    @property
+    def level(self) -> Level:
+        """The worst level among the sites, as last measured."""
+        return self.now.level
+
+    def __getitem__(self, path: str) -> SiteReadings:
+        return self.now[path]
+
+    @property
+    def mended(self) -> tuple[Finding, ...]:
+        """The findings that were there before the changes and are gone now."""
+        still = {(finding.code, finding.path) for finding in self.remaining}
+        return tuple(f for f in self.findings if (f.code, f.path) not in still)
+
+    def undo(self) -> str:
+        """Takes every change back; gives one sentence that says what was taken back."""
+        if self._undo is None:
+            return "There is nothing to undo."
+        self._undo()
+        self._undo = None
+        count = sum(change.outcome == "applied" for change in self.changes)
+        return f"{count} {'change' if count == 1 else 'changes'} taken back."
+
+    def exceeds(self, fail_on: Severity) -> tuple[Finding, ...]:
+        """The remaining findings at or above a severity."""
+        if fail_on not in SEVERITIES:
+            fact = f"{fail_on!r} is not a severity;"
+            raise RulesError.of("RG914", "", fact, near_miss(fail_on, list(SEVERITIES)))
+        lowest = SEVERITIES.index(fail_on)
+        return tuple(f for f in self.remaining if SEVERITIES.index(f.severity) >= lowest)
+
+    def only(
+        self,
+        select: Iterable[str] = (),
+        ignore: Iterable[str] = (),
+        *,
+        rules: Sequence[str | Path] = (),
+    ) -> Report:
+        """The same report with the selected findings only; nothing selected means all.
+
+        Takes codes, code prefixes ("RG4"), names and "ALL"; `rules` are the extra rule
+        folders whose names count as known. Raises RulesError for an unknown one.
+        """
+        select, ignore = list(select), list(ignore)
+        self._check_known([*select, *ignore], rules)
+
+        def kept(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+            chosen = (f for f in findings if not select or _matches(f, select))
+            return tuple(f for f in chosen if not _matches(f, ignore))
+
+        return Report(
+            sites=self.sites,
+            before=self.before,
+            after=self.after,
+            findings=kept(self.findings),
+            remaining=kept(self.remaining),
+            changes=self.changes,
+            plan=self.plan,
+            refusals=self.refusals,
+            notes=self.notes,
+            undo=self._undo,
+        )
+
+    def assert_clean(self, fail_on: Severity = "error", ignore: Iterable[str] = ()) -> None:
+        """Raises AssertionError with the text view when a finding at or above remains."""
+        __tracebackhide__ = True
+        seen = self.only(ignore=ignore)
+        if found := seen.exceeds(fail_on):
+            # The first line is all that a test runner's short summary shows.
+            names = ", ".join(dict.fromkeys(f"{f.code} {f.name}" for f in found))
+            raise AssertionError(f"{names}\n\n{seen}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in a fixed order; numbers that JSON cannot hold become None."""
+        data = {
+            "schema": SCHEMA,
+            "rnnguard": rnnguard.__version__,
+            "ok": self.ok,
+            "level": self.level,
+            "sites": [site.model_dump() for site in self.sites],
+            "before": self.before.model_dump(),
+            "after": self.after.model_dump() if self.after else None,
+            "findings": [finding.model_dump() for finding in self.findings],
+            "remaining": [finding.model_dump() for finding in self.remaining],
+            "changes": [change.model_dump() for change in self.changes],
+            "plan": self.plan.to_dict(),
+            "refusals": [vars(refusal) for refusal in self.refusals],
+            "notes": list(self.notes),
+        }
+        finite: dict[str, Any] = _finite(data)
+        return finite
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One self-contained page; also written to `path` when given."""
+        from rnnguard.report.html import page
+
+        text = page(self)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The retention by lag of every site on matplotlib axes."""
+        from rnnguard.report.figure import draw
+
+        return draw(self, ax)
+
+    def __str__(self) -> str:
+        from rnnguard.report.text import plain
+
+        return plain(self)
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.level}; sites {len(self.sites)}, findings {len(self.remaining)}>"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rnnguard.report.text import view
+
+        yield from view(self, ascii_only=options.ascii_only)
+
+    def _repr_html_(self) -> str:
+        from rnnguard.report.html import frame
+
+        return frame(self)
+
+    def _check_known(self, names: Sequence[str], rules: Sequence[str | Path]) -> None:
+        if not names:
+            return
+        from rnnguard.decision.rulebook import load_rulebook
+
+        known = {(rule.code, rule.name) for rule in load_rulebook(rules).rules}
+        # Findings of extra rule folders are known here even when the folder is not given.
+        known |= {(f.code, f.name) for f in (*self.findings, *self.remaining)}
+        for name in names:
+            if not any(_means(name, *pair) for pair in known):
+                words = sorted({word for pair in known for word in pair})
+                near = difflib.get_close_matches(name, words, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "`rnnguard rule` lists them all."
+                raise RulesError.of("RG914", "", f"{name!r} is not a known rule;", hint)
+
+
+def _means(name: str, code: str, rule_name: str) -> bool:
+    prefix = name == "ALL" or (name.startswith("RG") and code.startswith(name))
+    return prefix or name == rule_name
+
+
+def _matches(finding: Finding, names: Iterable[str]) -> bool:
+    return any(_means(name, finding.code, finding.name) for name in names)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value

@@ -1,0 +1,81 @@
+"""What a step borrows from the optimizer, and the way back at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rnnguard.rewrite.schedule import GuardSettings, learning_rate_factor
+
+
+@dataclass
+class Loan:
+    """Learning rates that are scaled and gradients that are hidden while a step runs."""
+
+    rates: list[tuple[dict[str, Any], Any, Tensor | None]] = field(default_factory=list)
+    """Group, its own learning rate, and that rate's value where it is scaled in place."""
+    gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def scale_rates_(self, optimizer: Optimizer, settings: GuardSettings, progress: str) -> None:
+        """Multiplies each group's learning rate by its factor at step `group[progress]`."""
+        # The user's own schedule leaves `initial_lr`; two decays would multiply.
+        if any("initial_lr" in group for group in optimizer.param_groups):
+            settings = replace(settings, total_steps=None)
+        scaled_tensors: set[int] = set()
+        for group in optimizer.param_groups:
+            rate = group.get("lr")
+            factor = learning_rate_factor(settings, group.get(progress, 0))
+            if factor == 1.0 or not isinstance(rate, (float, int, Tensor)):
+                continue
+            if not isinstance(rate, Tensor) or rate.requires_grad:
+                self.rates.append((group, rate, None))
+                group["lr"] = rate * factor
+            elif id(rate) not in scaled_tensors:  # groups may share one tensor
+                # In place, since a captured CUDA graph would not see a new tensor.
+                scaled_tensors.add(id(rate))
+                self.rates.append((group, rate, rate.clone()))
+                rate.mul_(factor)
+
+    def hide_gradients_(self, params: Iterable[Tensor]) -> None:
+        """Makes the step leave `params` and their state alone.
+
+        The one true skip: with zeroed gradients momentum and weight decay still move
+        the weights, and a learning rate of 0 makes nan of a nan.
+        """
+        for param in params:
+            if param.grad is not None:
+                self.gradients.append((param, param.grad))
+                param.grad = None
+
+    def return_gradients_(self) -> None:
+        while self.gradients:
+            param, grad = self.gradients[-1]
+            if param.grad is None:
+                param.grad = grad
+            self.gradients.pop()
+
+    def return_all_(self) -> None:
+        self.return_gradients_()
+        while self.rates:
+            group, rate, value = self.rates[-1]
+            if value is not None:
+                rate.copy_(value)
+            group["lr"] = rate
+            self.rates.pop()
+
+
+def every_rate_is_zero(optimizer: Optimizer) -> bool:
+    """Whether all learning rates are 0, as far as that can be read without waiting."""
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    return bool(rates) and all(_is_zero(rate) for rate in rates)
+
+
+def _is_zero(rate: float | Tensor) -> bool:
+    if isinstance(rate, Tensor):
+        # Reading a tensor that lies on an accelerator would make the host wait for it.
+        return rate.device.type == "cpu" and float(rate.detach()) == 0
+    return rate == 0
