@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ from rnnguard.inspection.dataflow import is_normalized, is_residual, link
 from rnnguard.inspection.gates import cell_of, is_recurrent, is_single_step, recurrences, weights_of
 from rnnguard.inspection.readout import readout_of
 from rnnguard.inspection.recording import NativeCall, Recording
-from rnnguard.records import Site
+from rnnguard.records import Readout, Site
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,19 @@ class FoundSite:
 
 @dataclass(frozen=True)
 class _Chain:
-    """Calls of one module that hand their state on, and the longest run without a detach."""
+    """Calls of one module that hand their state on, and where a detach cuts them apart."""
 
     calls: tuple[NativeCall, ...]
-    window: int
+    cuts: tuple[int, ...]
+
+    def window(self, readout: Readout) -> int:
+        """Steps that the gradient passes: those behind the last cut, or of the longest piece.
+
+        A loss at the end flows back to the last cut only; one at every step passes each piece.
+        """
+        bounds = pairwise((0, *self.cuts, len(self.calls)))
+        pieces = [sum(map(_steps, self.calls[low:high])) for low, high in bounds]
+        return max(pieces) if readout == "all_steps" else pieces[-1]
 
 
 def paths_of(model: nn.Module, module: nn.Module) -> list[str]:
@@ -52,7 +60,7 @@ def paths_of(model: nn.Module, module: nn.Module) -> list[str]:
 
 def recurrent_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every registered recurrent module under its first path."""
-    return {path: module for path, module in model.named_modules() if is_recurrent(module)}
+    return {p: m for p, m in model.named_modules() if is_recurrent(m) and cell_of(m) is not None}
 
 
 def find_sites(model: nn.Module, recording: Recording) -> list[FoundSite]:
@@ -94,6 +102,7 @@ def _site(module: nn.Module, paths: list[str], calls: list[NativeCall]) -> Found
     cell = cell_of(module)
     assert cell is not None
     first = weights_of(module, *recurrences(module)[0])
+    readout = readout_of(chain.calls)
     record = Site(
         path=paths[0],
         aliases=tuple(paths[1:]),
@@ -110,10 +119,10 @@ def _site(module: nn.Module, paths: list[str], calls: list[NativeCall]) -> Found
         dropout=float(getattr(module, "dropout", 0.0)),
         steps=int(given.lengths.max()),
         batch=given.x.shape[1],
-        window=chain.window,
+        window=chain.window(readout),
         calls=len(calls),
         packed=chain.calls[0].batch_sizes is not None,
-        readout=readout_of(chain.calls),
+        readout=readout,
         normalized=is_normalized(chain.calls[-1]),
         residual=is_residual(chain.calls[0]),
         location=_relative(chain.calls[0].location),
@@ -149,12 +158,7 @@ def _chains(calls: list[NativeCall]) -> list[_Chain]:
         else:
             runs.append([call])
             cuts.append([])
-    return [_Chain(tuple(run), _window(run, cut)) for run, cut in zip(runs, cuts, strict=True)]
-
-
-def _window(run: Sequence[NativeCall], cuts: list[int]) -> int:
-    bounds = [0, *cuts, len(run)]
-    return max(sum(_steps(call) for call in run[low:high]) for low, high in pairwise(bounds))
+    return [_Chain(tuple(run), tuple(cut)) for run, cut in zip(runs, cuts, strict=True)]
 
 
 def _site_input(module: nn.Module, call: NativeCall) -> SiteInput:

@@ -143,9 +143,10 @@ def check_runs(subject: Subject) -> None:
             stage = "loss" if batches.has_loss else "model"
             batches.scalar(output, batch, subject.seed)
     except Exception as error:
+        inputs = batch.raw if stage in ("step", "loss") else (batch.args, batch.kwargs)
         words = str(error).strip().splitlines()
         said = f"{type(error).__name__}: {words[0] if words else ''}".rstrip(".: ")
-        given = ", ".join(f"{t.dtype}{list(t.shape)}" for t in tensors_in(batch.raw))
+        given = ", ".join(f"{t.dtype}{list(t.shape)}" for t in tensors_in(inputs))
         fact = f"raised {said}, on {given or 'the batch given'}.".replace("torch.", "")
         cure = f"Give what it takes; {_expected(subject.model)}."
         raise RefusedError.of("RG912", stage, fact, cure) from error

@@ -79,7 +79,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same bits, so that NaN equals NaN and 0.0 is not -0.0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(_bits(a), _bits(b))
+    return torch.equal(_bits(a), _bits(b.to(a.device)))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from rnnguard.errors import Refusal, RefusedError, RewriteError, RNNGuardError, UndoError
-from rnnguard.rewrite.footprint import Footprint, same_bits
+from rnnguard.probe.snapshot import same_bits
+from rnnguard.rewrite.footprint import Footprint
 from rnnguard.rewrite.stepguard import GuardSettings, StepGuard, guard_of
 
 Options = dict[str, Any]

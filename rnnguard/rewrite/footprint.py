@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
+
+from rnnguard.probe.snapshot import same_bits
 
 
 class Footprint:
@@ -48,17 +49,6 @@ class Footprint:
             for key, (tensor, left) in self._left.items()
             if not same_bits(tensor, left) or (key in self._names and key not in present)
         ]
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether both hold the same bits, so that nan equals nan and 0.0 is not -0.0."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(_bits(one), _bits(other.to(one.device)))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _names(model: nn.Module) -> dict[int, str]:
