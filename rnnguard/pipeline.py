@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from rnnguard.decision.diagnosis import audit_finding, findings_of
+from rnnguard.decision.diagnosis import findings_of
 from rnnguard.decision.rulebook import Rulebook, load_rulebook
 from rnnguard.errors import Refusal, refuse
 from rnnguard.inspection.batches import Batches, Loss, Step, given_batches
@@ -32,16 +33,14 @@ from rnnguard.probe.measurement import (
     with_demands,
 )
 from rnnguard.probe.snapshot import untouched
-from rnnguard.records import TIERS, Finding, Measurement, Plan, Tier
+from rnnguard.records import TIERS, Measurement, Plan, Tier
+from rnnguard.report.notes import NO_SITE, ORDER, audit_findings, notes_of
 from rnnguard.report.report import Report
 from rnnguard.rewrite.edit import Edit, transaction
 from rnnguard.rewrite.stepguard import guard_of
 
 BATCHES = 8
-ORDER = (
-    "Order: stabilize, then compile or wrap, then build the scheduler, then EMA copies, "
-    "then load checkpoints."
-)
+Rules = Sequence[str | Path] | str | Path | None
 
 
 def audit(
@@ -53,7 +52,7 @@ def audit(
     loss: Loss | None = None,
     step: Step | None = None,
     memory: int | None = None,
-    rules: Sequence[str | Path] | str | Path | None = None,
+    rules: Rules = None,
     skip: Iterable[str] = (),
     seed: int = 0,
     verbose: bool | None = None,
@@ -68,9 +67,10 @@ def audit(
     rulebook, skip = _rulebook(rules), frozenset(skip)
     refuse([*run_refusals(model), *skip_refusals(model, skip),
             *(optimizer_refusals(model, optimizer) if optimizer is not None else ())])  # fmt: skip
-    subject = _subject(model, optimizer, data, inputs, loss, step, memory, None, seed)
+    request = _Request(data, inputs, loss, step, memory, None, seed)
+    subject = _subject(model, optimizer, request)
     look = _without(diagnosed(measure(subject)), skip)
-    findings = (*_audit_findings(rulebook, look), *findings_of(rulebook, look.measurement))
+    findings = (*audit_findings(rulebook, look), *findings_of(rulebook, look.measurement))
     report = Report(
         sites=tuple(site.record for site in look.sites),
         before=look.measurement,
@@ -79,7 +79,7 @@ def audit(
         remaining=findings,
         changes=(),
         plan=Plan(),
-        notes=_notes(look),
+        notes=notes_of(look, subject),
     )
     return _shown(report, verbose)
 
@@ -95,7 +95,7 @@ def stabilize(
     memory: int | None = None,
     total_steps: int | None = None,
     tiers: Sequence[Tier] = TIERS,
-    rules: Sequence[str | Path] | str | Path | None = None,
+    rules: Rules = None,
     skip: Iterable[str] = (),
     seed: int = 0,
     verbose: bool | None = None,
@@ -106,10 +106,9 @@ def stabilize(
     schedule warms up and holds); tiers: what may be changed; skip: sites to leave alone.
     Raises RefusedError before anything is touched, or RewriteError with all restored.
     """
-    return _stabilize(
-        model, optimizer, data, inputs, loss, step, memory, total_steps, tiers, rules, skip, seed,
-        verbose, keep=True,
-    )  # fmt: skip
+    request = _Request(data, inputs, loss, step, memory, total_steps, seed)
+    report = _stabilized(model, optimizer, request, tiers, rules, skip, keep=True)
+    return _shown(report, verbose)
 
 
 def plan(
@@ -123,16 +122,15 @@ def plan(
     memory: int | None = None,
     total_steps: int | None = None,
     tiers: Sequence[Tier] = TIERS,
-    rules: Sequence[str | Path] | str | Path | None = None,
+    rules: Rules = None,
     skip: Iterable[str] = (),
     seed: int = 0,
     verbose: bool | None = None,
 ) -> Plan:
     """What `stabilize` would do: done, measured and taken back; replay it with `apply`."""
-    return _stabilize(
-        model, optimizer, data, inputs, loss, step, memory, total_steps, tiers, rules, skip, seed,
-        verbose, keep=False,
-    ).plan  # fmt: skip
+    request = _Request(data, inputs, loss, step, memory, total_steps, seed)
+    report = _stabilized(model, optimizer, request, tiers, rules, skip, keep=False)
+    return _shown(report, verbose).plan
 
 
 def apply(model: nn.Module, optimizer: Optimizer, plan: Plan | dict[str, Any]) -> Report:
@@ -161,15 +159,33 @@ def apply(model: nn.Module, optimizer: Optimizer, plan: Plan | dict[str, Any]) -
     )
 
 
-def _stabilize(
-    model: nn.Module, optimizer: Optimizer, data: Any, inputs: Any, loss: Loss | None,
-    step: Step | None, memory: int | None, total_steps: int | None, tiers: Sequence[Tier],
-    rules: Any, skip: Iterable[str], seed: int, verbose: bool | None, *, keep: bool,
-) -> Report:  # fmt: skip
+@dataclass(frozen=True)
+class _Request:
+    """What the user said about data and task."""
+
+    data: Any
+    inputs: Any
+    loss: Loss | None
+    step: Step | None
+    memory: int | None
+    total_steps: int | None
+    seed: int
+
+
+def _stabilized(
+    model: nn.Module,
+    optimizer: Optimizer,
+    request: _Request,
+    tiers: Sequence[Tier],
+    rules: Rules,
+    skip: Iterable[str],
+    *,
+    keep: bool,
+) -> Report:
     rulebook, skip = _rulebook(rules), frozenset(skip)
     refuse([*tier_refusals(tiers), *run_refusals(model), *skip_refusals(model, skip),
             *rewrite_refusals(model, optimizer, skip)])  # fmt: skip
-    subject = _subject(model, optimizer, data, inputs, loss, step, memory, total_steps, seed)
+    subject = _subject(model, optimizer, request)
     before = diagnosed(measure(subject))
     refuse(_no_site(before))
     edit = Edit(model, optimizer)
@@ -178,7 +194,7 @@ def _stabilize(
         mending.run()
         if not keep:
             edit.rollback_()
-    return _shown(_report(rulebook, before, mending, edit, keep), verbose)
+    return _report(rulebook, before, mending, edit, keep)
 
 
 def _report(rulebook: Rulebook, before: Look, mending: Mending, edit: Edit, keep: bool) -> Report:
@@ -190,44 +206,35 @@ def _report(rulebook: Rulebook, before: Look, mending: Mending, edit: Edit, keep
         sites=tuple(site.record for site in before.sites),
         before=before.measurement,
         after=after.measurement if mending.changes else None,
-        findings=(*_audit_findings(rulebook, before), *findings_of(rulebook, before.measurement)),
-        remaining=(*_audit_findings(rulebook, after), *findings_of(rulebook, after.measurement)),
+        findings=(*audit_findings(rulebook, before), *findings_of(rulebook, before.measurement)),
+        remaining=(*audit_findings(rulebook, after), *findings_of(rulebook, after.measurement)),
         changes=tuple(mending.changes if keep else planned),
         plan=Plan(changes=tuple(planned)),
         refusals=tuple(mending.refusals),
-        notes=(*_notes(before), ORDER),
+        notes=(*notes_of(before, mending.subject), ORDER),
         undo=edit.undo_ if keep and mending.changes else None,
     )
 
 
-def _subject(
-    model: nn.Module, optimizer: Optimizer | None, data: Any, inputs: Any, loss: Loss | None,
-    step: Step | None, memory: int | None, total_steps: int | None, seed: int,
-) -> Subject:  # fmt: skip
-    with untouched(model, data):
-        batches = given_batches(model, data, inputs, loss, step, BATCHES)
+def _subject(model: nn.Module, optimizer: Optimizer | None, request: _Request) -> Subject:
+    given = (request.data, request.inputs, request.loss, request.step)
+    with untouched(model, request.data):
+        batches = given_batches(model, *given, BATCHES)
     if batches is None:
-        batches = guessed_batches(model, memory, seed)
+        batches = guessed_batches(model, request.memory, request.seed)
         refuse(_nothing_to_run(batches))
     guarded = optimizer is not None and guard_of(optimizer) is not None
-    subject = Subject(model, optimizer, batches, memory, total_steps, seed, guarded)
+    task = (request.memory, request.total_steps, request.seed)
+    subject = Subject(model, optimizer, batches, *task, guarded)
     check_runs(subject)
-    return with_demands(subject) if memory is None else subject
+    return with_demands(subject) if request.memory is None else subject
 
 
-def _rulebook(rules: Sequence[str | Path] | str | Path | None) -> Rulebook:
+def _rulebook(rules: Rules) -> Rulebook:
     folders = [rules] if isinstance(rules, str | Path) else list(rules or ())
     rulebook = load_rulebook(folders)
     rulebook.check_remedies(list(REMEDY))
     return rulebook
-
-
-NO_SITE = Refusal(
-    "RG003",
-    "",
-    "no torch recurrent module or cell was called while the model ran.",
-    "Check that this is the recurrent model; hand-written recurrences are not judged yet.",
-)
 
 
 def _no_site(look: Look) -> list[Refusal]:
@@ -244,45 +251,6 @@ def _without(look: Look, skip: frozenset[str]) -> Look:
     sites = tuple(site for site in look.sites if site.record.path not in skip)
     measurement = look.measurement.model_copy(update={"sites": kept})
     return Look(measurement, sites, look.unregistered, look.signature)
-
-
-def _audit_findings(rulebook: Rulebook, look: Look) -> list[Finding]:
-    """What the inspection saw beside the readings: no site, made-up input, unregistered cells."""
-    found = []
-    basis = look.measurement.run.basis
-    if not look.sites:
-        found.append(audit_finding(rulebook, "RG003", f"0 sites: {NO_SITE.fact}"))
-    if basis == "inferred inputs":
-        text = "the batch was made up from the first layer: the figures describe noise, not data."
-        found.append(audit_finding(rulebook, "RG002", text))
-    if basis == "site alone":
-        text = "the whole model could not be run: each recurrence was probed alone."
-        found.append(audit_finding(rulebook, "RG001", text))
-    for place in look.unregistered:
-        text = "a recurrent module is called that the model does not hold; it never trains."
-        found.append(audit_finding(rulebook, "RG109", text, location=place))
-    return found
-
-
-def _notes(look: Look) -> tuple[str, ...]:
-    run, notes = look.measurement.run, []
-    notes.append(f"Rests on {run.basis}; graph recorded while the model ran.")
-    for site in look.measurement.sites:
-        if site.memory_source == "assumed":
-            notes.append(
-                f"`{site.label}`: the memory needed is assumed from the sequence length, an "
-                "upper bound; declare it with memory= for a firm verdict."
-            )
-        if site.memory_source == "unknown":
-            notes.append(
-                f"`{site.label}`: the memory needed is unknown "
-                f"({_why_unknown(site.readout)}); declare it with memory=."
-            )
-    return tuple(notes)
-
-
-def _why_unknown(readout: str) -> str:
-    return "every step is read out" if readout == "all_steps" else "the sequences were made up"
 
 
 def _shown(report: Report, verbose: bool | None) -> Report:

@@ -8,6 +8,7 @@ follow where it finds nothing. Where neither beats chance, nothing is claimed.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,8 @@ def memory_demand(
     rows = np.concatenate(
         [_right_aligned(x, n, longest) for x, n in zip(inputs, lengths, strict=True)]
     )
+    if len(np.unique(target)) < 2 or not (np.isfinite(rows).all() and np.isfinite(target).all()):
+        return None
     windows = ladder(longest)
     for readout in _readouts(target, seed):
         best, error = _score(readout, rows, target, longest)
@@ -86,7 +89,7 @@ def _target(targets: Sequence[Tensor]) -> np.ndarray[Any, Any] | None:
     """One number per sequence, as an array; None for targets of any other form."""
     flat = [t.detach().cpu() for t in targets]
     flat = [t[:, 0] if t.dim() == 2 and t.shape[1] == 1 else t for t in flat]
-    if any(t.dim() != 1 for t in flat):
+    if any(t.dim() != 1 or t.is_complex() for t in flat):
         return None
     joined = torch.cat(flat)
     return joined.double().numpy() if joined.is_floating_point() else joined.numpy()
@@ -103,7 +106,7 @@ def _right_aligned(x: Tensor, lengths: Tensor, longest: int) -> np.ndarray[Any, 
 
 
 def _is_class(target: np.ndarray[Any, Any]) -> bool:
-    return bool(target.dtype.kind in "iu")
+    return bool(target.dtype.kind in "biu")
 
 
 def _chance(target: np.ndarray[Any, Any]) -> float:
@@ -135,7 +138,10 @@ def _score(
 
     features = rows[:, -window:].reshape(len(rows), -1)
     folds = KFold(FOLDS, shuffle=True, random_state=0)
-    scores = cross_val_score(readout, features, target, cv=folds)
+    with warnings.catch_warnings():
+        # That classes are rare in a fold is told by the score.
+        warnings.simplefilter("ignore")
+        scores = cross_val_score(readout, features, target, cv=folds)
     mean = float(scores.mean())
     spread = mean * (1 - mean) if _is_class(target) else (1 - mean) ** 2
     return mean, math.sqrt(max(spread, 1e-4) / len(target))

@@ -14,8 +14,10 @@ from rnnguard.rewrite.edit import Edit
 def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
     if not is_plain(module) or is_single_step(module):
         return
-    like = next(module.parameters())
-    norm = output_norm(output_width(module))
+    parameters = list(module.parameters())
+    like = next((p for p in parameters if p.requires_grad), parameters[0])
+    # A frozen recurrence stays frozen; a norm that no optimizer holds would never train.
+    norm = output_norm(output_width(module)).requires_grad_(like.requires_grad)
     edit.morph_(module, OUTPUT_NORMS[type(module)], output_norm=norm)
     path = edit.path_of(module)
     prefix = f"{path}.output_norm" if path else "output_norm"

@@ -14,17 +14,17 @@ from rnnguard.rewrite.edit import Edit
 from rnnguard.rewrite.schedule import GuardSettings
 
 UNTUNED = 2000  # 2 / (1 - 0.999)
-BLIND = 20  # steps when nothing is known of the run's length: too few to cost, enough to form v
 
 
 def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dose | None:
+    """A tenth of the planned steps; without a plan `at_least`, where the scenario asks for it."""
+    asked = int(wanted.get("at_least") or 0)
     known = run.total_steps or run.batches_per_epoch
-    warmup = BLIND if known is None else min(UNTUNED, known // 10)
-    # Two decays would multiply, so beside a schedule of the user's only the warm-up acts.
-    total = None if run.scheduled else run.total_steps
-    if warmup < 2 and total is None:
+    if run.total_steps is None and not asked:
         return None
-    return {"warmup": max(1, warmup), "total_steps": total}
+    warmup = asked if known is None else max(asked, min(UNTUNED, known // 10))
+    # Two decays would multiply, so beside a schedule of the user's only the warm-up acts.
+    return {"warmup": warmup, "total_steps": None if run.scheduled else run.total_steps}
 
 
 def _apply(edit: Edit, model: nn.Module, dose: Dose) -> None:
