@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 from rnnguard.decision.diagnosis import diagnose
 from rnnguard.decision.planning import SITE_SCOPES, allowed, matching, prescribed, reason
 from rnnguard.decision.rulebook import Rulebook, Scenario
-from rnnguard.decision.verification import distance_from_health, verify
+from rnnguard.decision.verification import Verdict, distance_from_health, verify
 from rnnguard.errors import Refusal, RewriteError, refuse
 from rnnguard.inspection.gates import is_plain
 from rnnguard.inspection.preflight import sparse_refusals
-from rnnguard.probe.measurement import Look, Subject, measure
+from rnnguard.probe.measurement import Look, measure
+from rnnguard.probe.subject import Subject
 from rnnguard.records import Change, Plan, SiteReadings, Tier
 from rnnguard.remedies import REMEDIES
 from rnnguard.remedies.remedy import Remedy
@@ -75,6 +76,8 @@ class Mending:
         look = diagnosed(measure(self.subject))
         self._check(look)
         verdict = verify(remedy.aim, before, look.measurement[path])
+        if look.measurement.run.nonfinite and not self.look.measurement.run.nonfinite:
+            verdict = Verdict(False, "loss or gradient became non-finite")
         if verdict.kept:
             self.look = look
         else:
@@ -120,7 +123,7 @@ class Mending:
     def _check(self, look: Look) -> None:
         """The rewritten model's outputs must have kept their shapes and dtypes."""
         if look.signature != self.look.signature:
-            fact = "the outputs changed their shape or dtype."
+            fact = "the outputs changed their form or dtype."
             raise RewriteError.of("RG916", "", fact, "The model and optimizer were restored.")
 
 
@@ -134,7 +137,7 @@ def _left_alone(site: SiteReadings, tiers: tuple[Tier, ...]) -> list[Refusal]:
     sick = site.level not in ("healthy", "unknown", "truncated")
     if not (site.trained and sick and "values" in tiers):
         return []
-    fact = "the weights are trained, or not sure to be untrained."
+    fact = "the weights are trained, frozen, another optimizer's, or not sure to be untrained."
     cure = "They are kept; build a new model to have its values chosen."
     return [Refusal("RG902", site.path, fact, cure)]
 

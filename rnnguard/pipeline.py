@@ -16,6 +16,7 @@ from rnnguard.errors import Refusal, refuse
 from rnnguard.inspection.batches import Batches, Loss, Step, given_batches
 from rnnguard.inspection.preflight import (
     optimizer_refusals,
+    option_refusals,
     rewrite_refusals,
     run_refusals,
     skip_refusals,
@@ -23,16 +24,9 @@ from rnnguard.inspection.preflight import (
 )
 from rnnguard.mending import REMEDY, Mending, diagnosed, replay
 from rnnguard.probe.gradients import Gradients
-from rnnguard.probe.measurement import (
-    Look,
-    Subject,
-    check_runs,
-    guessed_batches,
-    measure,
-    run_readings,
-    with_demands,
-)
+from rnnguard.probe.measurement import Look, measure, run_readings, with_demands
 from rnnguard.probe.snapshot import untouched
+from rnnguard.probe.subject import Subject, check_runs, guessed_batches
 from rnnguard.records import TIERS, Measurement, Plan, Tier
 from rnnguard.report.notes import NO_SITE, ORDER, audit_findings, notes_of
 from rnnguard.report.report import Report
@@ -65,7 +59,7 @@ def audit(
     the model cannot be run.
     """
     rulebook, skip = _rulebook(rules), frozenset(skip)
-    refuse([*run_refusals(model), *skip_refusals(model, skip),
+    refuse([*option_refusals(memory, None), *run_refusals(model), *skip_refusals(model, skip),
             *(optimizer_refusals(model, optimizer) if optimizer is not None else ())])  # fmt: skip
     request = _Request(data, inputs, loss, step, memory, None, seed)
     subject = _subject(model, optimizer, request)
@@ -183,11 +177,12 @@ def _stabilized(
     keep: bool,
 ) -> Report:
     rulebook, skip = _rulebook(rules), frozenset(skip)
-    refuse([*tier_refusals(tiers), *run_refusals(model), *skip_refusals(model, skip),
+    options = option_refusals(request.memory, request.total_steps)
+    refuse([*tier_refusals(tiers), *options, *run_refusals(model), *skip_refusals(model, skip),
             *rewrite_refusals(model, optimizer, skip)])  # fmt: skip
     subject = _subject(model, optimizer, request)
     before = diagnosed(measure(subject))
-    refuse(_no_site(before))
+    refuse([*_no_site(before), *_made_in_forward(model, before)])
     edit = Edit(model, optimizer)
     with transaction(edit):
         mending = Mending(subject, rulebook, edit, tuple(tiers), skip, before)
@@ -238,7 +233,19 @@ def _rulebook(rules: Rules) -> Rulebook:
 
 
 def _no_site(look: Look) -> list[Refusal]:
-    return [] if look.sites else [NO_SITE]
+    if look.sites:
+        return []
+    fact = "a recurrent module is called that the model does not hold."
+    cure = "Keep the modules in nn.ModuleList or nn.ModuleDict."
+    return [Refusal("RG109", place, fact, cure) for place in look.unregistered] or [NO_SITE]
+
+
+def _made_in_forward(model: nn.Module, look: Look) -> list[Refusal]:
+    """Sites that are not there until the model has run once for good."""
+    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    fact, cure = "the module is made in the first forward.", "Run the model once on a batch first."
+    missing = (site.record.path for site in look.sites if site.record.path not in paths)
+    return [Refusal("RG907", path, fact, cure) for path in missing]
 
 
 def _nothing_to_run(batches: Batches) -> list[Refusal]:

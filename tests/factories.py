@@ -13,8 +13,8 @@ from rnnguard.inspection.batches import given_batches
 from rnnguard.inspection.gates import cell_of, weights_of
 from rnnguard.inspection.recording import Recording, record
 from rnnguard.inspection.sites import FoundSite, find_sites
-from rnnguard.probe.measurement import Subject
 from rnnguard.probe.steps import Trajectory, run
+from rnnguard.probe.subject import Subject
 from rnnguard.records import Exponent, Measurement, RunReadings, SiteReadings
 
 

@@ -17,7 +17,8 @@ HANDS = {
     "rewrite/edit.py": "the one place that changes a model or an optimizer",
     "rewrite/stepguard.py": "clips and schedules inside the optimizer's own step",
     "rewrite/loan.py": "lends the optimizer scaled rates for one step and takes them back",
-    "probe/snapshot.py": "gives back what the probe touched",
+    "probe/holdings.py": "gives back what the probe touched",
+    "probe/snapshot.py": "hides gradients while the probe runs",
 }
 # Paths that may copy a model or switch its mode, each with the reason.
 OWN_MODEL = {

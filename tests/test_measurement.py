@@ -12,14 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import StepLR
 
 from rnnguard.errors import RefusedError
-from rnnguard.probe.measurement import (
-    Look,
-    Subject,
-    check_runs,
-    guessed_batches,
-    measure,
-    optimizer_kind,
-)
+from rnnguard.probe.measurement import Look, measure, optimizer_kind
+from rnnguard.probe.subject import Subject, check_runs, guessed_batches
 
 F, H, T, B = 3, 4, 6, 5
 
@@ -55,7 +49,7 @@ def test_sites_and_run() -> None:
     assert (run.basis, run.batches, run.precision, run.device) == ("real data", 2, "fp32", "cpu")
     assert (run.optimizer, run.learning_rate, run.nonfinite) == ("none", None, False)
     assert run.seconds > 0 and run.torch == torch.__version__
-    assert found.signature == (((B, 2), torch.float32),)
+    assert found.signature == ((2, 2, torch.float32),)
     assert found.unregistered == ()
 
 

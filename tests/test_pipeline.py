@@ -110,6 +110,35 @@ def test_trained_model_keeps_its_weights(fresh_optimizer: bool) -> None:
         assert torch.equal(value, weights[name])
 
 
+def test_frozen_recurrence_keeps_its_weights() -> None:
+    model = LastStep(nn.LSTM(5, 32, batch_first=True))
+    for parameter in model.rnn.parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.head.parameters())
+    weights = model.rnn.weight_hh_l0.clone()
+    report = rnnguard.stabilize(model, optimizer, inputs=torch.randn(4, 60, 5), memory=60)
+    assert {change.tier for change in report.changes} == {"step"}
+    assert [refusal.code for refusal in report.refusals] == ["RG902"]
+    assert torch.equal(model.rnn.weight_hh_l0, weights)
+
+
+def test_remedy_that_makes_the_loss_non_finite_is_taken_back() -> None:
+    """A loss that only the default weights leave finite stands for an unstable step."""
+    model = LastStep(nn.GRU(5, 32, batch_first=True))
+    optimizer = torch.optim.Adam(model.parameters())
+    first = model.rnn.bias_ih_l0.detach().clone()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        changed = not torch.equal(model.rnn.bias_ih_l0, first)
+        return output.sum() * (float("nan") if changed else 1.0)
+
+    data = (torch.randn(4, 60, 5), torch.zeros(4))
+    report = rnnguard.stabilize(model, optimizer, data, loss=loss, memory=60)
+    tried = [change for change in report.changes if change.path == "rnn"]
+    assert [change.outcome for change in tried] == ["taken back"]
+    assert torch.equal(model.rnn.bias_ih_l0, first)
+
+
 def test_plan_changes_nothing_and_replays() -> None:
     model = LastStep(nn.GRU(5, 32, batch_first=True))
     optimizer = torch.optim.Adam(model.parameters())

@@ -110,7 +110,7 @@ def test_foreign_parameters() -> None:
     optimizer = SGD([*model.parameters(), *other.head.parameters()], lr=0.1)
     assert said(optimizer_refusals(model, optimizer)) == [
         "`optimizer`: holds 2 of 10 parameters that are not this model's: (2, 4), (2,). "
-        "Build the optimizer from this model's parameters. (RG904)"
+        "Build it from this model's parameters, or pass one module that holds them all. (RG904)"
     ]
 
 

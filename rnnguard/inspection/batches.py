@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from operator import length_hint
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from rnnguard.errors import RefusedError
 from rnnguard.inspection.gates import is_recurrent
@@ -109,6 +110,8 @@ def given_batches(
         raw, per_epoch = list(islice(_iterable(data), count)), _epoch(data)
     if not raw:
         raise RefusedError.of("RG912", "data", "it holds no batch.", _PAIRS)
+    if any(t.numel() == 0 for item in raw for t in tensors_in(item)):
+        raise RefusedError.of("RG912", "data", "a batch is empty.", "Leave empty batches out.")
     batches = tuple(_batch(model, item, step) for item in raw)
     return Batches(batches, "real data", per_epoch, loss, step)
 
@@ -159,8 +162,8 @@ def _batch(model: nn.Module, item: Any, step: Step | None) -> Batch:
 
 def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """Inputs as the call takes them; a dict is keywords when forward has those names."""
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
+    if isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
+        return _spread(model, inputs)
     if isinstance(inputs, Mapping):
         try:
             inspect.signature(model.forward).bind(**inputs)
@@ -168,6 +171,15 @@ def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], Mapping[
             return (inputs,), {}
         return (), inputs
     return (inputs,), {}
+
+
+def _spread(model: nn.Module, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Several arguments, or one that is a list, whichever fits the forward."""
+    try:
+        inspect.signature(model.forward).bind(*inputs)
+    except TypeError:
+        return (inputs,), {}
+    return tuple(inputs), {}
 
 
 def inferred_batches(model: nn.Module, steps: int, seed: int) -> Iterator[Batches]:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from rnnguard.errors import Refusal
+from rnnguard.inspection.gates import parameter_name, recurrences
 from rnnguard.inspection.sites import recurrent_modules
 from rnnguard.records import TIERS, near_miss
 
@@ -38,6 +39,8 @@ def _weights_refused(model: nn.Module) -> Iterator[Refusal]:
     meta = [n for n, p in named if n not in lazy and p.is_meta]
     sound = [(n, p.detach()) for n, p in named if n not in lazy and n not in meta]
     broken = [n for n, p in sound if not bool(torch.isfinite(p).all())]
+    inference = [n for n, p in sound if p.is_inference()]
+    rebuild_outside = "Build the model outside of torch.inference_mode."
     rerun = "Run the model once on a batch first."
     materialise = "Move the model to a device with `to_empty` and initialise it first."
     rebuild = "Build the model again, or load a checkpoint from before the bad step."
@@ -45,6 +48,7 @@ def _weights_refused(model: nn.Module) -> Iterator[Refusal]:
         ("RG907", lazy, "the parameter is lazy and has no values yet", rerun),
         ("RG907", meta, "the parameter lies on the meta device", materialise),
         ("RG911", broken, "the weights hold NaN or infinity", rebuild),
+        ("RG921", inference, "the parameter was made in inference mode", rebuild_outside),
     ):
         if names:
             more = f" ({len(names) - 1} more like it)" if len(names) > 1 else ""
@@ -81,7 +85,7 @@ def optimizer_refusals(model: nn.Module, optimizer: Optimizer) -> Iterator[Refus
         more = ", ..." if len(foreign) > 3 else ""
         count = f"holds {len(foreign)} of {len(held)} parameters"
         fact = f"{count} that are not this model's: {shapes}{more}."
-        cure = "Build the optimizer from this model's parameters."
+        cure = "Build it from this model's parameters, or pass one module that holds them all."
         yield Refusal("RG904", "optimizer", fact, cure)
 
 
@@ -110,10 +114,27 @@ def _parametrized(path: str, module: nn.Module) -> Iterator[Refusal]:
     cure = f'Remove the parametrization or leave this site out with `skip=["{path}"]`.'
     own = [name for name, _ in module.named_parameters(recurse=False)]
     names = {name.removesuffix(s) for name in own for s in _OLD_STYLE if name.endswith(s)}
+    # Weight drop sets a plain tensor in the parameter's place at every forward.
+    names |= {name for name in _weight_names(module) if name not in own}
     if parametrize.is_parametrized(module):
         names |= set(module.parametrizations.keys())  # type: ignore[operator,union-attr]
     for name in sorted(names):
         yield Refusal("RG903", path, f"{name} is parametrized.", cure)
+
+
+def _weight_names(module: nn.Module) -> Iterator[str]:
+    for layer, direction in recurrences(module):
+        for kind in ("weight_ih", "weight_hh"):
+            yield parameter_name(module, kind, layer, direction)
+
+
+def option_refusals(memory: object, total_steps: object) -> Iterator[Refusal]:
+    """Counts of steps must be whole and positive."""
+    for name, value in (("memory", memory), ("total_steps", total_steps)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= 1):  # type: ignore[operator]
+            fact = f"{value!r} is not a number of steps."
+            yield Refusal("RG920", name, fact, "Give a whole number of 1 or more, or leave it out.")
 
 
 def skip_refusals(model: nn.Module, skip: Iterable[str]) -> Iterator[Refusal]:

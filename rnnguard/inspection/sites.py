@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from rnnguard.inspection.dataflow import is_normalized, is_residual, link
 from rnnguard.inspection.gates import cell_of, is_recurrent, is_single_step, recurrences, weights_of
@@ -151,7 +152,7 @@ def _chains(calls: list[NativeCall]) -> list[_Chain]:
     for call in calls:
         for run, cut in zip(runs, cuts, strict=True):
             joint = link(run[-1], call)
-            if joint.linked and call.input.shape[1:] == run[-1].input.shape[1:]:
+            if joint.linked and _continues(run[-1], call):
                 cut.append(len(run)) if joint.cut else None
                 run.append(call)
                 break
@@ -190,10 +191,20 @@ def _padded(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     return padded, lengths
 
 
+def _continues(earlier: NativeCall, later: NativeCall) -> bool:
+    """Same features, and a batch from which sequences may only drop out at its end."""
+    axis = 0 if later.kind.endswith("_cell") or later.batch_first else 1
+    same = later.input.shape[-1] == earlier.input.shape[-1]
+    packed = later.batch_sizes is not None or earlier.batch_sizes is not None
+    return same and (packed or later.input.shape[axis] <= earlier.input.shape[axis])
+
+
 def _join(parts: list[SiteInput]) -> SiteInput:
     """Calls that hand their state on, as one sequence from the first call's state."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
-    lengths = torch.stack([part.lengths for part in parts]).sum(0)
-    return SiteInput(torch.cat([p.x for p in parts]), lengths, first.hidden, first.cell_state)
+    batch = max(part.x.shape[1] for part in parts)
+    x = torch.cat([pad(part.x, (0, 0, 0, batch - part.x.shape[1])) for part in parts])
+    lengths = torch.stack([pad(part.lengths, (0, batch - len(part.lengths))) for part in parts])
+    return SiteInput(x, lengths.sum(0), first.hidden, first.cell_state)

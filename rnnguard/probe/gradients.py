@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rnnguard.inspection.batches import Batches
 
@@ -32,6 +32,27 @@ class Gradients:
         return max(finite) / self.median if finite and self.median > 0 else 1.0
 
 
+def parameter_gradients(model: nn.Module, scalar: Tensor) -> list[Tensor]:
+    """The gradients of the model's parameters; nothing outside the model gets one.
+
+    The graph is kept, since a state from an earlier call may be part of it.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            scalar, parameters, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "checkpoint" not in str(error).lower():
+            raise
+        # Reentrant checkpointing knows backward() only.
+        scalar.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        found = tuple(p.grad for p in parameters)
+        for parameter in parameters:
+            parameter.grad = None
+    return [gradient.detach() for gradient in found if gradient is not None]
+
+
 def gradient_norms(model: nn.Module, batches: Batches, seed: int) -> Gradients:
     """One backward pass per batch; call inside `untouched`, which gives the gradients back."""
     norms: list[float] = []
@@ -40,14 +61,10 @@ def gradient_norms(model: nn.Module, batches: Batches, seed: int) -> Gradients:
         scalar = batches.scalar(batches.forward(model, batch), batch, seed)
         if scalar is None or not scalar.requires_grad:
             continue
-        # A state kept from an earlier call holds a graph that is the user's to differentiate.
-        scalar.backward(retain_graph=True)  # type: ignore[no-untyped-call]
         losses.append(float(scalar.detach()))
-        found = [p.grad.detach() for p in model.parameters() if p.grad is not None]
+        found = parameter_gradients(model, scalar)
         dense = [g.to_dense() if g.is_sparse else g for g in found]
         norms.append(float(torch.nn.utils.get_total_norm(dense)) if dense else 0.0)
-        for parameter in model.parameters():
-            parameter.grad = None
     nonfinite = not all(map(math.isfinite, (*norms, *losses)))
     loss = statistics.fmean(losses) if losses and batches.has_loss else None
     return Gradients(tuple(norms), loss, nonfinite)

@@ -3,53 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from rnnguard.errors import RefusedError
-from rnnguard.inspection.batches import Batch, Batches, inferred_batches
-from rnnguard.inspection.gates import is_single_step
 from rnnguard.inspection.provenance import looks_untrained
 from rnnguard.inspection.recording import Recording, record, tensors_in
 from rnnguard.inspection.sites import (
     FoundSite,
     SiteInput,
     find_sites,
-    recurrent_modules,
     unregistered_calls,
 )
-from rnnguard.probe.demand import Demand, memory_demand
+from rnnguard.probe.demand import memory_demand
 from rnnguard.probe.gradients import Gradients, gradient_norms
 from rnnguard.probe.readings import measure_site, memory_needed
 from rnnguard.probe.snapshot import untouched
-from rnnguard.records import Measurement, OptimizerKind, RunReadings
-
-INFERRED_STEPS = 64
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: model, optimizer, batches, and what the user said about the task."""
-
-    model: nn.Module
-    optimizer: Optimizer | None
-    batches: Batches
-    memory: int | None
-    total_steps: int | None
-    seed: int
-    guarded: bool
-    trained: Mapping[str, bool] = field(default_factory=dict)
-    demands: Mapping[str, Demand] = field(default_factory=dict)
-
-    @property
-    def real_length(self) -> bool:
-        """Whether the sequences are as long as the task makes them."""
-        return self.batches.basis in ("real data", "given inputs")
+from rnnguard.probe.subject import Subject
+from rnnguard.records import Measurement, OptimizerKind, RunReadings, SiteReadings
 
 
 @dataclass(frozen=True)
@@ -66,30 +40,30 @@ def measure(subject: Subject) -> Look:
     """Runs, records and measures; model, optimizer and random state stay as they were."""
     started = time.perf_counter()
     model, batches = subject.model, subject.batches
-    with untouched(model):
+    with untouched(model, optimizer=subject.optimizer):
         torch.manual_seed(subject.seed)
-        recording = _recorded(subject)
+        recording = _recorded(subject, subject.largest)
         found = tuple(find_sites(model, recording))
         unregistered = tuple(unregistered_calls(model, recording))
+        # Inside, since some models make their recurrent weights anew in every forward.
+        sites = tuple(_measured(subject, site) for site in found)
         torch.manual_seed(subject.seed)
         gradients = gradient_norms(model, batches, subject.seed)
-    sites = tuple(
-        measure_site(
-            site,
-            memory_needed(
-                site,
-                subject.memory,
-                subject.demands.get(site.record.path),
-                subject.real_length,
-            ),
-            seed=subject.seed,
-            trained=_is_trained(subject, site),
-        )
-        for site in found
-    )
     run = run_readings(subject, gradients, time.perf_counter() - started)
-    signature = tuple((tuple(t.shape), t.dtype) for t in tensors_in(recording.result))
+    signature = tuple(_form(tensor) for tensor in tensors_in(recording.result))
     return Look(Measurement(run=run, sites=sites), found, unregistered, signature)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """What must stay of an output: decoding until a stop token may change its length."""
+    width = tensor.shape[-1] if tensor.is_floating_point() and tensor.dim() else None
+    return tensor.dim(), width, tensor.dtype
+
+
+def _measured(subject: Subject, site: FoundSite) -> SiteReadings:
+    demand = subject.demands.get(site.record.path)
+    memory = memory_needed(site, subject.memory, demand, subject.real_length)
+    return measure_site(site, memory, seed=subject.seed, trained=_is_trained(subject, site))
 
 
 def _is_trained(subject: Subject, site: FoundSite) -> bool:
@@ -97,17 +71,31 @@ def _is_trained(subject: Subject, site: FoundSite) -> bool:
     known = subject.trained.get(site.record.path)
     if known is not None:
         return known
-    stepped = subject.optimizer is not None and len(subject.optimizer.state) > 0
-    return stepped or not looks_untrained(site.module)
+    own = list(site.module.parameters(recurse=False))
+    # Frozen weights, and those of another optimizer, are as their owner wants them.
+    if any(not parameter.requires_grad for parameter in own):
+        return True
+    if subject.optimizer is not None:
+        held = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in held for p in own) or _has_stepped(subject.optimizer):
+            return True
+    return not looks_untrained(site.module)
+
+
+def _has_stepped(optimizer: Optimizer) -> bool:
+    """Whether the optimizer has moved a parameter; some make their state before any step."""
+    states = list(optimizer.state.values())
+    steps = [float(state["step"]) for state in states if "step" in state]
+    return max(steps) > 0 if steps else any(states)
 
 
 def with_demands(subject: Subject) -> Subject:
     """The subject with what its data demand of each site that reads out the last step."""
     targets = [batch.target for batch in subject.batches.batches]
-    if not all(isinstance(target, Tensor) for target in targets):
+    if not all(isinstance(target, Tensor) and target.dim() > 0 for target in targets):
         return subject
     given: dict[str, list[SiteInput]] = {}
-    with untouched(subject.model):
+    with untouched(subject.model, optimizer=subject.optimizer):
         for index in range(len(targets)):
             torch.manual_seed(subject.seed)
             for site in find_sites(subject.model, _recorded(subject, index)):
@@ -126,87 +114,11 @@ def _reads_last_step(site: FoundSite) -> bool:
     return site.record.readout in ("last_step", "final_state") and not site.record.bidirectional
 
 
-def _recorded(subject: Subject, index: int = 0) -> Recording:
+def _recorded(subject: Subject, index: int) -> Recording:
     batches, model = subject.batches, subject.model
     batch = batches.batches[index]
     inputs = batch.raw if batches.step is not None else (batch.args, batch.kwargs)
     return record(lambda: batches.forward(model, batch), model, inputs)
-
-
-def check_runs(subject: Subject) -> None:
-    """Raises RefusedError (RG912) with torch's own words when the model or loss cannot run."""
-    batches, batch = subject.batches, subject.batches.batches[0]
-    stage = "step" if batches.step is not None else "model"
-    try:
-        with untouched(subject.model):
-            output = batches.forward(subject.model, batch)
-            stage = "loss" if batches.has_loss else "model"
-            batches.scalar(output, batch, subject.seed)
-    except Exception as error:
-        inputs = batch.raw if stage in ("step", "loss") else (batch.args, batch.kwargs)
-        words = str(error).strip().splitlines()
-        said = f"{type(error).__name__}: {words[0] if words else ''}".rstrip(".: ")
-        given = ", ".join(f"{t.dtype}{list(t.shape)}" for t in tensors_in(inputs))
-        fact = f"raised {said}, on {given or 'the batch given'}.".replace("torch.", "")
-        cure = f"Give what it takes; {_expected(subject.model)}."
-        raise RefusedError.of("RG912", stage, fact, cure) from error
-
-
-def _expected(model: nn.Module) -> str:
-    """What the first layer takes, in words."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            return f"`{path}` is an Embedding of {module.num_embeddings} and takes integer ids"
-        if path in recurrent_modules(model):
-            layout = "(B, T, F)" if getattr(module, "batch_first", False) else "(T, B, F)"
-            layout = "(B, F)" if is_single_step(module) else layout
-            return f"`{path or 'the model'}` takes {layout} with F = {module.input_size}"
-    return "see the model's forward"
-
-
-def guessed_batches(model: nn.Module, memory: int | None, seed: int) -> Batches:
-    """A made-up batch that the model runs on; else the recurrences alone on normal input."""
-    steps = max(INFERRED_STEPS, memory or 0)
-    for batches in inferred_batches(model, steps, seed):
-        try:
-            with untouched(model):
-                batches.forward(model, batches.batches[0])
-        except Exception:
-            continue
-        return batches
-    return _sites_alone(model, steps, seed)
-
-
-def _sites_alone(model: nn.Module, steps: int, seed: int) -> Batches:
-    def run(_: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        outputs = [_run_alone(m, inputs[path]) for path, m in recurrent_modules(model).items()]
-        weighted = [(output.float() * 1e-2).sum() for output in outputs]
-        return torch.stack(weighted).sum()
-
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {
-        path: _normal(module, steps, generator) for path, module in recurrent_modules(model).items()
-    }
-    batch = Batch((), {}, None, inputs)
-    return Batches((batch,) if inputs else (), "site alone", None, None, run)
-
-
-def _normal(module: nn.Module, steps: int, generator: torch.Generator) -> Tensor:
-    like = next(module.parameters())
-    x = torch.randn(steps, 8, int(module.input_size), generator=generator)  # type: ignore[arg-type]
-    return x.to(device=like.device, dtype=like.dtype)
-
-
-def _run_alone(module: nn.Module, x: Tensor) -> Tensor:
-    if not is_single_step(module):
-        output: Tensor = module(x.transpose(0, 1) if module.batch_first else x)[0]
-        return output
-    state = None
-    for step in x:
-        state = module(step, state)
-    assert state is not None
-    last: Tensor = state[0] if isinstance(state, tuple) else state
-    return last
 
 
 def run_readings(subject: Subject, gradients: Gradients, seconds: float) -> RunReadings:
@@ -262,8 +174,9 @@ def optimizer_kind(optimizer: Optimizer | None) -> OptimizerKind:
     if optimizer is None:
         return "none"
     decoupled = any(g.get("decoupled_weight_decay") for g in optimizer.param_groups)
-    if isinstance(optimizer, AdamW) or (isinstance(optimizer, Adam) and decoupled):
+    # Exact types only: a user's subclass has a step of its own.
+    if type(optimizer) is AdamW or (type(optimizer) is Adam and decoupled):
         return "adamw"
-    if isinstance(optimizer, Adam):
+    if type(optimizer) is Adam:
         return "adam"
-    return "sgd" if isinstance(optimizer, SGD) else "other"
+    return "sgd" if type(optimizer) is SGD else "other"

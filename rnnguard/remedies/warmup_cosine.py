@@ -24,7 +24,10 @@ def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dos
         return None
     warmup = asked if known is None else max(asked, min(UNTUNED, known // 10))
     # Two decays would multiply, so beside a schedule of the user's only the warm-up acts.
-    return {"warmup": warmup, "total_steps": None if run.scheduled else run.total_steps}
+    total = None if run.scheduled else run.total_steps
+    if warmup < 2 and total is None:
+        return None
+    return {"warmup": warmup, "total_steps": total}
 
 
 def _apply(edit: Edit, model: nn.Module, dose: Dose) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rnnguard.decision.diagnosis import audit_finding
 from rnnguard.decision.rulebook import Rulebook
 from rnnguard.errors import Refusal
-from rnnguard.probe.measurement import Look, Subject
+from rnnguard.probe.measurement import Look
+from rnnguard.probe.subject import Subject
 from rnnguard.records import Finding
 
 ORDER = (

@@ -1,0 +1,216 @@
+"""Models and calls from the wild that once ended in a crash or in a wrong answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import rnnguard
+from rnnguard.probe.snapshot import fingerprint
+
+X, Y = torch.randn(6, 15, 5), torch.randint(2, (6,))
+DATA = [(X, Y)] * 3
+CE, PER_SAMPLE = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="none")
+
+
+class Net(nn.Module):
+    """A recurrence and a head, read by the given function or at the last step."""
+
+    def __init__(self, read: Callable[..., Tensor] | None = None, rnn: nn.Module | None = None):
+        super().__init__()
+        self.rnn = rnn or nn.GRU(5, 16, batch_first=True)
+        self.head = nn.Linear(16, 2)
+        self.read = read
+
+    def forward(self, x: Any) -> Tensor:
+        if self.read is not None:
+            return self.read(self, x)
+        logits: Tensor = self.head(self.rnn(x)[0][:, -1])
+        return logits
+
+
+def shrinking(model: Any, x: Tensor) -> Tensor:
+    h, outputs = torch.zeros(6, 16), []
+    for step in range(15):
+        alive = 6 - step // 4
+        h = model.rnn(x[:alive, step], h[:alive])
+        outputs.append(model.head(h))
+    return torch.cat(outputs)
+
+
+def test_sequences_that_drop_out_of_the_batch() -> None:
+    model = Net(shrinking, nn.GRUCell(5, 16))
+    (site,) = rnnguard.audit(model, data=DATA, loss=lambda out, _: out.sum()).sites
+    assert (site.steps, site.batch) == (15, 6)
+
+
+class WeightDrop(nn.Module):
+    """Makes the recurrent weight anew in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(5, 16, batch_first=True)
+        self.raw = nn.Parameter(self.inner.weight_hh_l0.detach().clone())
+        del self.inner.weight_hh_l0
+
+    def forward(self, x: Tensor) -> Any:
+        self.inner.weight_hh_l0 = functional.dropout(self.raw, 0.5)
+        names = self.inner._flat_weights_names
+        self.inner._flat_weights = [getattr(self.inner, name) for name in names]
+        return self.inner(x)
+
+
+def test_weight_drop_is_measured_and_never_written() -> None:
+    model = Net(rnn=WeightDrop())
+    assert len(rnnguard.audit(model, data=DATA, loss=CE).sites) == 1
+    with pytest.raises(rnnguard.RefusedError) as caught:
+        rnnguard.stabilize(model, torch.optim.Adam(model.parameters()), DATA, loss=CE)
+    assert caught.value.code == "RG903" and "weight_hh_l0" in str(caught.value)
+
+
+def backward_inside(model: nn.Module, batch: Any) -> Tensor:
+    loss = CE(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+def frozen() -> nn.Module:
+    return Net().requires_grad_(False)
+
+
+def in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return Net()
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "loss per sample": (
+        Net,
+        {"data": DATA, "loss": nn.CrossEntropyLoss(reduction="none")},
+        "RG912",
+    ),
+    "backward inside the step": (Net, {"data": DATA, "step": backward_inside}, "RG912"),
+    "a step that gives a float": (Net, {"data": DATA, "step": lambda m, b: 1.0}, "RG912"),
+    "nothing to train": (frozen, {"data": DATA, "loss": CE}, "RG912"),
+    "empty batch": (Net, {"data": [(torch.zeros(0, 15, 5), Y[:0])], "loss": CE}, "RG912"),
+    "half a step of memory": (Net, {"data": DATA, "loss": CE, "memory": 10.5}, "RG920"),
+    "negative memory": (Net, {"data": DATA, "loss": CE, "memory": -3}, "RG920"),
+    "made in inference mode": (in_inference_mode, {"data": DATA, "loss": CE}, "RG921"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_sentence(name: str) -> None:
+    build, options, code = REFUSED[name]
+    with pytest.raises(rnnguard.RefusedError) as caught:
+        rnnguard.audit(build(), **options)
+    assert caught.value.code == code
+    assert len(caught.value.reasons) == 1
+
+
+def test_a_state_whose_graph_is_spent() -> None:
+    model = Net()
+    model.h = None
+
+    def read(net: Any, x: Tensor) -> Tensor:
+        out, net.h = net.rnn(x, net.h)
+        logits: Tensor = net.head(out[:, -1])
+        return logits
+
+    model.read = read
+    CE(model(X), Y).backward()
+    with pytest.raises(rnnguard.RefusedError, match="Detach a state") as caught:
+        rnnguard.audit(model, data=DATA, loss=CE)
+    assert caught.value.code == "RG912"
+
+
+def test_unbatched_input_with_a_single_target() -> None:
+    model = Net(lambda m, x: m.head(m.rnn(x)[0][-1]), nn.GRU(5, 16))
+    report = rnnguard.audit(model, data=[(torch.randn(15, 5), torch.tensor(1))], loss=CE)
+    assert len(report.sites) == 1
+
+
+def test_no_gradient_is_left_on_the_criterion() -> None:
+    criterion = nn.Linear(2, 2)
+    rnnguard.audit(Net(), data=DATA, loss=lambda out, target: CE(criterion(out), target))
+    assert criterion.weight.grad is None
+
+
+def test_a_subclass_of_adam_keeps_its_class() -> None:
+    class Lookahead(torch.optim.Adam):
+        pass
+
+    model = Net()
+    optimizer = Lookahead(model.parameters(), weight_decay=0.01)
+    rnnguard.stabilize(model, optimizer, DATA, loss=CE)
+    assert type(optimizer) is Lookahead
+
+
+def test_the_other_network_of_a_pair_is_left_alone() -> None:
+    model = nn.ModuleDict({"generator": Net(), "critic": Net()})
+    optimizer = torch.optim.Adam(model["generator"].parameters())
+    kept = {name: value.clone() for name, value in model["critic"].state_dict().items()}
+
+    def step(pair: Any, batch: Any) -> Tensor:
+        loss: Tensor = CE(pair["generator"](batch[0]) + pair["critic"](batch[0]), batch[1])
+        return loss
+
+    report = rnnguard.stabilize(model, optimizer, DATA, step=step, memory=15)
+    assert {c.path for c in report.changes} == {None, "generator.rnn"}
+    assert all(
+        torch.equal(value, kept[name]) for name, value in model["critic"].state_dict().items()
+    )
+
+
+def test_fresh_adagrad_counts_as_untrained() -> None:
+    model = Net()
+    optimizer = torch.optim.Adagrad(model.parameters())
+    report = rnnguard.stabilize(model, optimizer, DATA, loss=CE, memory=15)
+    assert "chrono_bias" in {change.remedy for change in report.changes}
+
+
+def test_the_longest_batch_is_measured() -> None:
+    batches = [(torch.randn(6, steps, 5), Y) for steps in (2, 40, 3)]
+    (site,) = rnnguard.audit(Net(), data=batches, loss=CE).sites
+    assert site.steps == 40
+
+
+def test_a_packed_sequence_is_one_argument() -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(X, [15, 9, 9, 4, 3, 2], batch_first=True)
+    model = Net(lambda m, x: m.head(m.rnn(x)[1][-1]))
+    (site,) = rnnguard.audit(model, data=[(packed, Y)], loss=CE).sites
+    assert site.packed and site.steps == 15
+
+
+def test_a_list_is_one_argument_where_the_forward_takes_one() -> None:
+    model = Net(lambda m, x: m.head(m.rnn(torch.stack(x))[0][:, -1]))
+    assert len(rnnguard.audit(model, inputs=list(X)).sites) == 1
+
+
+def test_cells_in_a_plain_list_are_named() -> None:
+    model = Net(lambda m, x: m.head(m.cells[0](x)[0][:, -1]))
+    model.cells = [nn.GRU(5, 16, batch_first=True)]
+    del model.rnn
+    with pytest.raises(rnnguard.RefusedError) as caught:
+        rnnguard.stabilize(model, torch.optim.Adam(model.parameters()), DATA, loss=CE)
+    assert {reason.code for reason in caught.value.reasons} == {"RG109"}
+
+
+def test_an_output_as_long_as_the_decoding_took() -> None:
+    """The number of steps rests on the weights, so that a rewrite may change it."""
+
+    def decode(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = m.head(m.rnn(x)[0])
+        length = int(m.rnn.bias_ih_l0.detach().abs().sum()) % 7 + 1
+        return out[:, -1], out[:, :length].argmax(-1)
+
+    model = Net(decode)
+    before = fingerprint(model)
+    report = rnnguard.stabilize(model, torch.optim.Adam(model.parameters()), inputs=X, memory=15)
+    report.undo()
+    assert fingerprint(model) == before
