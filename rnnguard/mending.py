@@ -15,7 +15,7 @@ from rnnguard.decision.verification import Verdict, distance_from_health, verify
 from rnnguard.errors import Refusal, RewriteError, refuse
 from rnnguard.inspection.gates import is_plain
 from rnnguard.inspection.preflight import sparse_refusals
-from rnnguard.probe.measurement import Look, measure
+from rnnguard.probe.measurement import Look, measure, optimizer_kind
 from rnnguard.probe.subject import Subject
 from rnnguard.records import Change, Plan, SiteReadings, Tier
 from rnnguard.remedies import REMEDIES
@@ -23,6 +23,7 @@ from rnnguard.remedies.remedy import Remedy
 from rnnguard.rewrite.edit import Edit
 from rnnguard.rewrite.stepguard import refusals_for_clip
 
+_ADAMS = ("adam", "adamw")
 REMEDY: Mapping[str, Remedy] = {remedy.name: remedy for remedy in REMEDIES}
 
 
@@ -144,7 +145,7 @@ def _left_alone(site: SiteReadings, tiers: tuple[Tier, ...]) -> list[Refusal]:
 
 def replay(model: nn.Module, optimizer: Optimizer, edit: Edit, plan: Plan) -> tuple[Change, ...]:
     """Applies a plan as it stands, without a probe; RefusedError when it does not fit."""
-    refuse(_misfits(model, plan))
+    refuse(_misfits(model, optimizer, plan))
     for change in plan:
         target = model if change.path is None else model.get_submodule(change.path)
         REMEDY[change.remedy].apply(edit, target, change.dose)
@@ -152,13 +153,16 @@ def replay(model: nn.Module, optimizer: Optimizer, edit: Edit, plan: Plan) -> tu
     return tuple(change.model_copy(update=result) for change in plan)
 
 
-def _misfits(model: nn.Module, plan: Plan) -> Iterator[Refusal]:
+def _misfits(model: nn.Module, optimizer: Optimizer, plan: Plan) -> Iterator[Refusal]:
     paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
     cure = "Build the model that the plan was made for, then apply the plan."
     for change in plan:
         if change.remedy not in REMEDY:
             fact = f"the plan names a remedy {change.remedy!r} that does not exist."
             yield Refusal("RG914", change.path or "", fact, cure)
+        if change.remedy in ("adamw", "amsgrad") and optimizer_kind(optimizer) not in _ADAMS:
+            fact = f"the plan's {change.remedy} is made for Adam, not {type(optimizer).__name__}."
+            yield Refusal("RG915", "optimizer", fact, cure)
         if change.path is not None and change.path not in paths:
             fact = "the plan names this path, which the model does not have."
             yield Refusal("RG915", change.path, fact, cure)

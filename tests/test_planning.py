@@ -231,8 +231,15 @@ def applied(scope: str, site: SiteReadings | None, **run: Any) -> tuple[str, ...
     "level", ["exploding", "at risk: expansive", "vanishing", "at risk: fading"]
 )
 def test_a_sick_untrained_recurrence_gets_something(cell: str, level: str) -> None:
-    site = site_readings(cell=cell, level=level, memory_needed=200)
+    growth = 1.0 if level in ("vanishing", "at risk: fading") else 200.0
+    site = site_readings(cell=cell, level=level, memory_needed=200, growth=growth)
     assert applied("recurrence", site) != ()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+def test_a_run_that_is_not_finite_condemns_no_recurrence_that_does_not_grow(cell: str) -> None:
+    site = site_readings(cell=cell, level="unstable", memory_needed=200, growth=1.0)
+    assert applied("recurrence", site) == ()
 
 
 @pytest.mark.parametrize("level", ["healthy", "truncated", "unknown"])

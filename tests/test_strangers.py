@@ -214,3 +214,49 @@ def test_an_output_as_long_as_the_decoding_took() -> None:
     report = rnnguard.stabilize(model, torch.optim.Adam(model.parameters()), inputs=X, memory=15)
     report.undo()
     assert fingerprint(model) == before
+
+
+def test_a_bad_value_in_the_data_rewrites_no_weights() -> None:
+    model = Net(rnn=nn.LSTM(5, 16, batch_first=True))
+    bad = X.clone()
+    bad[0, 3, 1] = float("nan")
+    report = rnnguard.stabilize(
+        model, torch.optim.Adam(model.parameters()), [(bad, Y)] * 3, loss=CE, memory=15
+    )
+    assert report.level == "unstable" and "RG403" in {f.code for f in report.remaining}
+    assert {change.tier for change in report.changes} == {"step"}
+
+
+def test_gates_without_bias_get_what_can_be_had() -> None:
+    model = Net(rnn=nn.GRU(5, 16, batch_first=True, bias=False))
+    optimizer = torch.optim.Adam(model.parameters())
+    report = rnnguard.stabilize(model, optimizer, inputs=torch.randn(6, 60, 5), memory=60)
+    assert [c.remedy for c in report.changes if c.path == "rnn"] == ["orthogonal"]
+
+
+def test_a_plan_for_adam_is_not_replayed_on_sgd() -> None:
+    model = Net()
+    change = {
+        "remedy": "adamw",
+        "path": None,
+        "tier": "step",
+        "dose": {},
+        "scenario": "x",
+        "why": "",
+    }
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(rnnguard.RefusedError) as caught:
+        rnnguard.apply(model, optimizer, {"changes": [change]})
+    assert caught.value.code == "RG915" and type(optimizer) is torch.optim.SGD
+
+
+def test_the_output_behind_a_norm_is_measured_with_its_epsilon() -> None:
+    model = Net(rnn=nn.LSTM(5, 16, batch_first=True))
+    inputs = 1e-4 * torch.randn(8, 60, 5)
+    report = rnnguard.stabilize(
+        model, torch.optim.Adam(model.parameters()), inputs=inputs, memory=60
+    )
+    assert "layer_norm" in {c.remedy for c in report.changes if c.outcome == "applied"}
+    with torch.no_grad():
+        real = float(model.rnn(inputs)[0].square().mean().sqrt())
+    assert report["rnn"].output_rms == pytest.approx(real, rel=0.2)

@@ -94,8 +94,7 @@ def measure_site(found: FoundSite, memory: Memory, *, seed: int, trained: bool) 
         dead_units=None if site.cell != "rnn_relu" else max(r.dead_units or 0.0 for r in layers),
         input_rms=_rms(runs[0].x, runs[0].trajectory.lengths),
         input_drive=_drive(runs[0]),
-        # What the read-out sees: a norm behind the recurrence sets it to one.
-        output_rms=1.0 if site.normalized else layers[-1].output_rms,
+        output_rms=_seen_by_readout(found, layers[-1].output_rms),
         silent_input=_share_silent(runs[0]) > 0.1,
         trained=trained,
     )
@@ -164,6 +163,15 @@ def _alive(values: Tensor, lengths: Tensor) -> Tensor:
 
 def _rms(values: Tensor, lengths: Tensor) -> float:
     return float(_alive(values, lengths).double().square().mean().sqrt())
+
+
+def _seen_by_readout(found: FoundSite, rms: float) -> float:
+    """The output's rms behind the norm that reads it, if any: r / sqrt(r^2 + eps)."""
+    if not found.record.normalized:
+        return rms
+    norm = getattr(found.module, "output_norm", None)
+    epsilon = float(getattr(norm, "eps", 1e-5))
+    return rms / math.sqrt(rms * rms + epsilon)
 
 
 def _drive(run: LayerTrajectory) -> float:
