@@ -14,7 +14,7 @@ CUTS = {"detach", "detach_", "data"}
 TRANSPARENT = {"dropout", "transpose", "permute", "contiguous", "_pad_packed_sequence", "item",
                 "__getitem__", "reshape", "view", "squeeze", "unsqueeze"}  # fmt: skip
 # Made beside a tensor, of its shape alone.
-_BLANKS = {"zeros_like", "new_zeros", "ones_like", "new_ones", "full_like", "new_full",
+BLANKS = {"zeros_like", "new_zeros", "ones_like", "new_ones", "full_like", "new_full",
            "empty_like", "new_empty", "rand_like", "randn_like"}  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def _upstream(roots: list[fx.Node], target: NativeCall, through_cuts: bool) -> s
     pending, seen = list(roots), set(roots)
     while pending:
         node = pending.pop()
-        cut = node.meta.get("name") in _BLANKS or (_is_cut(node) and not through_cuts)
+        cut = node.meta.get("name") in BLANKS or (_is_cut(node) and not through_cuts)
         if node.meta["order"] <= target.order or cut:
             continue
         fresh = [parent for parent in node.all_input_nodes if parent not in seen]

@@ -2,287 +2,296 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from torch import fx
 
-from rnnguard.inspection.dataflow import CUTS, TRANSPARENT, state_path
+from rnnguard.inspection.arguments import (
+    axes_of,
+    axis_of,
+    entry_of,
+    is_bidirectional,
+    is_cell,
+    is_fixed,
+    steps_of,
+)
+from rnnguard.inspection.dataflow import BLANKS, CUTS, state_path
 from rnnguard.inspection.recording import NATIVE, NativeCall
+from rnnguard.inspection.timeaxis import (
+    NOTHING,
+    WHOLE,
+    Held,
+    Shape,
+    carried,
+    filled,
+    indexed,
+    joined,
+    reduced,
+    turned,
+    viewed,
+)
 from rnnguard.records import Readout
 
-_POOLS = {"mean", "sum", "max", "amax", "min", "amin", "logsumexp", "std", "median", "argmax"}
+_POOLS = {"mean", "sum", "max", "amax", "min", "amin", "logsumexp", "std", "median", "argmax",
+          "argmin", "var", "std_mean", "var_mean", "norm", "vector_norm", "nanmean", "nansum",
+          "prod", "quantile"}  # fmt: skip
+_RUNNING = {"cumsum", "cummax", "cummin", "cumprod", "logcumsumexp"}
 _GATHERS = {"gather", "index_select", "take_along_dim"}
 _MIXES = {"matmul", "bmm", "__matmul__", "__rmatmul__", "einsum", "scaled_dot_product_attention",
           "multi_head_attention_forward"}  # fmt: skip
-_JOINS = {"stack", "cat", "hstack", "vstack"}
-_PARTS = {"narrow", "chunk", "split", "tensor_split"}
-_DROPS = {"select", "unbind"}
+_JOINS = {"stack": 0, "cat": 0, "concat": 0, "concatenate": 0, "hstack": 1, "vstack": 0}
+_PARTS = {"unbind", "chunk", "split", "tensor_split"}
 _TURNS = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "T", "mT", "t"}
-_VIEWS = {"view", "reshape", "flatten", "unflatten"}
-_AXIS_IS_THIRD = {"chunk", "split", "tensor_split", "take_along_dim"}
-_WHOLE = slice(None)
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """A node that still holds one value per time step, and the axis of time in it.
-
-    A single step has lost that axis and has -1. `part` says that only some of the features
-    are left, as of two directions taken apart.
-    """
-
-    node: fx.Node
-    axis: int
-    part: bool = False
-
-    @property
-    def rank(self) -> int:
-        return max(1, _rank(self.node))
-
-    def is_feature(self, axis: int) -> bool:
-        """Whether the axis is neither time nor the samples, which lie in front."""
-        return axis not in (self.axis, 1 if self.axis == 0 else 0)
-
-    def splits_features(self, entries: list[Any]) -> bool:
-        """Whether an index with one entry per axis takes only some of the features."""
-        return any(e != _WHOLE and self.is_feature(axis) for axis, e in enumerate(entries))
+_VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"}
 
 
 def readout_of(calls: Sequence[NativeCall]) -> Readout:
-    """Which part of the recurrence's output the rest of the model reads."""
-    if calls[0].kind.endswith("_cell"):
-        found = _readouts_of_steps(calls)
-    else:
-        found = {kind for call in calls for kind in _readouts_of_sequence(call)}
-    order: tuple[Readout, ...] = ("all_steps", "last_step", "pooled", "final_state")
+    """Which part of the recurrence's output the rest of the model reads.
+
+    A mixture comes before a single step: the lag to the target is then not that to the end.
+    """
+    walk = _Walk(calls)
+    found = {kind for held in walk.results() if (kind := _kind(held, walk.total)) is not None}
+    order: tuple[Readout, ...] = ("all_steps", "pooled", "last_step", "final_state")
+    singles = [held for held in walk.results() if len(held.known) == 1 and not held.halves]
+    for state in (True, False):
+        if len({step for held in singles if held.state is state for step in held.known}) > 1:
+            return "all_steps"
     return next((kind for kind in order if kind in found), "unknown")
 
 
-def _readouts_of_sequence(call: NativeCall) -> Iterator[Readout]:
-    for part in call.node.users:
-        if part.meta.get("part") == 0:
-            yield from _readouts(_Sequence(part, 1 if call.batch_first else 0))
-        elif _is_computed_with(part):
-            yield "final_state"
-
-
-def _readouts_of_steps(calls: Sequence[NativeCall]) -> set[Readout]:
-    """For cells in a loop: what reads the states beside the loop itself and other recurrences."""
-    loop = set[fx.Node]().union(*(state_path(a, b) for a, b in pairwise(calls)))
-    readers = [
-        [user for state in _states(call) for user in state.users
-         if user not in loop and user.meta.get("name") not in NATIVE | CUTS]
-        for call in calls
-    ]  # fmt: skip
-    if sum(map(bool, readers)) <= len(calls) // 2 or len(calls) == 1:
-        return {"final_state"} if readers[-1] else set()
-    joined = [user for users in readers for user in users if user.meta.get("name") in _JOINS]
-    if not joined:
-        return {"all_steps"}
-    return {kind for node in set(joined) for kind in _readouts(_Sequence(node, _axis(node) or 0))}
-
-
-def _states(call: NativeCall) -> list[fx.Node]:
-    parts = [user for user in call.node.users if user.meta.get("name") == "item"]
-    return parts or [call.node]
-
-
-def _is_computed_with(node: fx.Node) -> bool:
-    """Whether a state is used in a computation, not only handed out or fed to the next call."""
-    return any(
-        user.op != "output"
-        and user.meta.get("name") not in NATIVE | CUTS
-        and (_is_computed_with(user) if _reshapes(user) else True)
-        for user in node.users
-    )
-
-
-def _reshapes(node: fx.Node) -> bool:
-    return node.meta.get("name") in ("item", "index_select", "contiguous", "clone", "view")
-
-
-def _readouts(start: _Sequence) -> Iterator[Readout]:
-    """Follows the sequence through everything that keeps one value per step."""
-    pending, seen = [start], set()
-    while pending:
-        sequence = pending.pop()
-        if sequence.node in seen:
-            continue
-        seen.add(sequence.node)
-        for user in sequence.node.users:
-            step = _through(sequence, user)
-            if isinstance(step, _Sequence):
-                pending.append(step)
-            elif step is not None:
-                yield step
-
-
-def _through(sequence: _Sequence, user: fx.Node) -> _Sequence | Readout | None:
-    """What one user makes of the sequence: still a sequence, or a way of reading it."""
-    name = user.meta.get("name", user.op)
-    if user.op == "output":
-        return "all_steps"
-    if name in NATIVE or name in ("__setitem__", "_pack_padded_sequence"):
+def _kind(held: Held, total: int) -> Readout | None:
+    """How a value reads the steps that it holds; `total` is how many steps there are."""
+    several = len(held.known) > 1
+    if not held.known:
         return None
-    if name == "__getitem__":
-        return _indexed(sequence, user)
-    if name in _POOLS:
-        return _reduced(sequence, user)
-    if name in _GATHERS:
-        along_time = _axis(user) in (sequence.axis, None)
-        if along_time:
-            return _one_step(_Sequence(user, sequence.axis, sequence.part))
-        return replace(sequence, node=user)
-    if name in _MIXES:
-        return _mixed(sequence, user, name)
-    if name == "_pad_packed_sequence":
-        padded = next((part for part in user.users if part.meta.get("part") == 0), None)
-        return None if padded is None else _Sequence(padded, 1 if user.args[2] else 0)
-    if name in _DROPS | _PARTS:
-        return _picked(sequence, user, name)
-    if name in _TURNS:
-        return replace(sequence, node=user, axis=_turned(sequence, user, name))
-    return _carried(sequence, user, name)
-
-
-def _carried(sequence: _Sequence, user: fx.Node, name: str) -> _Sequence | Readout:
-    """Any other call: step by step, unless its shape shows that time was merged or pooled."""
-    before, after = sequence.node.meta.get("shape", ()), user.meta.get("shape", ())
-    leading = slice(sequence.axis + 1)
-    if before[leading] != after[leading]:
-        if not after or name in _VIEWS or len(before) != len(after):
-            return "all_steps"
-        if after[sequence.axis] == 1:
-            return "pooled"
-    part = sequence.part and name in TRANSPARENT
-    return replace(sequence, node=user, part=part)
-
-
-def _rank(node: fx.Node) -> int:
-    return len(node.meta.get("shape", ()))
-
-
-def _axis(user: fx.Node) -> int | None:
-    """The one axis that the call works along, counted from the front; None when not given."""
-    position = 2 if user.meta.get("name") in _AXIS_IS_THIRD else 1
-    positional = user.args[position] if len(user.args) > position else None
-    axis = user.kwargs.get("dim", user.kwargs.get("axis", positional))
-    if not isinstance(axis, int):
-        return None
-    source = user.args[0]
-    return axis % max(1, _rank(source)) if isinstance(source, fx.Node) else axis
-
-
-def _reduced(sequence: _Sequence, user: fx.Node) -> _Sequence | Readout:
-    positional = user.args[1] if len(user.args) > 1 else None
-    axis = user.kwargs.get("dim", user.kwargs.get("axis", positional))
-    if axis is None:
+    if held.axis is not None and (several or total == 1):
         return "all_steps"
-    axes = axis if isinstance(axis, tuple | list) else (axis,)
-    dropped = [a % sequence.rank for a in axes if isinstance(a, int)]
-    if sequence.axis in dropped:
+    if (several or held.blurred) and not held.halves:
         return "pooled"
-    gone = 0 if _rank(user) == sequence.rank else sum(a < sequence.axis for a in dropped)
-    return replace(sequence, node=user, axis=sequence.axis - gone)
+    return "final_state" if held.state or held.halves else "last_step"
 
 
-def _mixed(sequence: _Sequence, user: fx.Node, name: str) -> _Sequence | Readout:
-    """A product sums over steps, unless it is one with weights along the features."""
-    others = [other for other in user.all_input_nodes if other is not sequence.node]
-    contracted = sequence.rank - (1 if user.args[0] is sequence.node else 2)
-    if "matmul" in name and all(map(_is_fixed, others)) and contracted != sequence.axis:
-        return replace(sequence, node=user, part=False)
-    return "pooled"
+class _Walk:
+    """Passes through the graph once and keeps what each node holds of one recurrence."""
+
+    def __init__(self, calls: Sequence[NativeCall]) -> None:
+        self.total = 0
+        self._held: dict[fx.Node, Held] = {}
+        self._shapes: dict[fx.Node, Shape] = {}
+        self._calls: dict[fx.Node, tuple[NativeCall, range]] = {}
+        for call in calls:
+            steps = steps_of(call)
+            self._calls[call.node] = call, range(self.total, self.total + steps)
+            self.total += steps
+        # What reads both directions at a step has, behind another recurrence, seen all steps.
+        self._both_ways = is_bidirectional(calls[0].node)
+        loop = set[fx.Node]().union(*(state_path(a, b) for a, b in pairwise(calls)))
+        self._loop = {_place(node) for node in loop}
+        self._output: list[Held] = []
+        self._ends: list[Held] = []
+        self._pass(calls[0])
+
+    def results(self) -> list[Held]:
+        """What the model gives out, or, where that holds nothing, what is computed last."""
+        return self._output or self._ends
+
+    def _pass(self, first: NativeCall) -> None:
+        for node in first.node.graph.nodes:
+            if node.meta["order"] < first.order:
+                continue
+            if node.op == "output":
+                self._output = [self._held[n] for n in node.args[0] if n in self._held]
+                continue
+            held = self._of(node)
+            if held is None:
+                continue
+            self._held[node] = held
+            source = node.args[0] if node.meta.get("name") == "item" else node
+            ends = source.meta.get("name") not in NATIVE | CUTS
+            if not node.users and ends:
+                self._ends.append(held)
+
+    def _of(self, node: fx.Node) -> Held | None:
+        name = node.meta.get("name", node.op)
+        if node in self._calls:
+            return self._given(node, 0)
+        if name == "item":
+            return self._item(node)
+        inputs = [n for n in node.all_input_nodes if n in self._held]
+        if not inputs or name in BLANKS:
+            return None
+        if name in NATIVE:
+            return self._seen_by(node)
+        if name in CUTS and self._held[inputs[0]].state:
+            return None
+        held = self._through(node, name, inputs)
+        if held.placed and held.axis is not None and held.axis >= len(self._shape(node)):
+            # Writing into an input, say, whose shape was not recorded.
+            held = held.anywhere()
+        if _place(node) in self._loop and len(held.known) > 1 and held.axis is None:
+            # An update under a mask, say, holds the state before beside the new one.
+            return replace(held, steps=(max(held.known),))
+        return held
+
+    def _shape(self, node: fx.Node) -> Shape:
+        """The shape that a node gives; writing into a part of a tensor gives that tensor."""
+        source = node
+        while source not in self._shapes and source.meta.get("name") == "__setitem__":
+            target = source.args[0]
+            assert isinstance(target, fx.Node)
+            source = target
+        shape: Shape = self._shapes.get(source, source.meta.get("shape", ()))
+        self._shapes[node] = shape
+        return shape
+
+    def _given(self, node: fx.Node, part: int) -> Held:
+        """One part of what a call of this recurrence gives: its output first, then its state."""
+        call, steps = self._calls[node]
+        if part == 0 and not is_cell(node):
+            return Held(tuple(steps), 1 if call.batch_first else 0)
+        return Held((steps[-1],), state=True)
+
+    def _item(self, node: fx.Node) -> Held | None:
+        source, part = node.args
+        assert isinstance(source, fx.Node) and isinstance(part, int)
+        name = source.meta.get("name")
+        if source in self._calls:
+            return self._given(source, part)
+        held = self._held.get(source)
+        if held is None:
+            return None
+        if name in NATIVE:
+            return held if part == 0 or not held.is_sequence else held.taken(held.steps[-1:], None)
+        if name == "_pad_packed_sequence":
+            return replace(held, axis=1 if source.args[2] else 0, inner=1) if part == 0 else None
+        if name == "_pack_padded_sequence":
+            return replace(held, axis=0, inner=1) if part == 0 else None
+        if name in _PARTS and source.args:
+            return self._slice(node, source, part)
+        return carried(held, self._shape(source), self._shape(node))
+
+    def _slice(self, node: fx.Node, source: fx.Node, part: int) -> Held:
+        """One of the slices that a tensor was taken apart into."""
+        tensor = source.args[0]
+        assert isinstance(tensor, fx.Node)
+        before, after = self._shape(tensor), self._shape(node)
+        axis = axis_of(source, len(before)) or 0
+        if source.meta["name"] == "unbind":
+            entry: Any = part
+        else:
+            siblings = [n for n in source.users if n.meta.get("part", part) < part]
+            start = sum(self._shape(n)[axis] for n in siblings)
+            entry = slice(start, start + after[axis])
+        index = (*[WHOLE] * axis, entry)
+        return indexed(self._held[source], index, before, after)
+
+    def _seen_by(self, node: fx.Node) -> Held:
+        """Behind another recurrence: its steps see those of its input, or all see one state."""
+        data = node.args[0]
+        held = self._held.get(data) if isinstance(data, fx.Node) else None
+        if held is None:
+            states = joined([self._held[n] for n in node.all_input_nodes if n in self._held])
+            return states.mixed() if states.is_sequence else replace(states, axis=None)
+        blurred = held.blurred or (self._both_ways and not held.state)
+        return replace(held, halves=frozenset(), blurred=blurred)
+
+    def _through(self, node: fx.Node, name: str, inputs: list[fx.Node]) -> Held:
+        """What one call makes of the values that it is given."""
+        if name in _JOINS:
+            return self._joined(node, name, inputs)
+        if name == "__setitem__":
+            return self._written(node, inputs)
+        source = node.args[0] if node.args else None
+        if name in _MIXES or (name == "linear" and self._along_time(source)):
+            return self._mixed(node, name, inputs)
+        if isinstance(source, fx.Node) and source in self._held:
+            held = self._alone(node, name, source)
+            if held is not None:
+                return held
+        after = self._shape(node)
+        return joined([carried(self._held[n], self._shape(n), after) for n in inputs], not after)
+
+    def _alone(self, node: fx.Node, name: str, source: fx.Node) -> Held | None:
+        """Behind a call that works on one tensor and moves or removes axes; None for others."""
+        held, before, after = self._held[source], self._shape(source), self._shape(node)
+        if name in _PARTS or name in ("_pack_padded_sequence", "_pad_packed_sequence"):
+            return held
+        if name == "__getitem__":
+            return indexed(held, node.args[1], before, after)
+        if name in _VIEWS:
+            return viewed(held, before, after)
+        if name in _TURNS:
+            return turned(held, name, [*node.args[1:], *node.kwargs.values()], before)
+        if name in ("select", "narrow"):
+            place = axis_of(node, len(before)) or 0
+            return indexed(held, (*[WHOLE] * place, entry_of(node)), before, after)
+        axis = axis_of(node, len(before))
+        if name in _RUNNING and axis == held.axis:
+            return replace(held, blurred=True)
+        if name in _GATHERS and axis is not None and axis == held.axis and held.is_sequence:
+            if after[axis] == 1:
+                return held.taken(held.steps[-1:], axis)
+            return held.taken(tuple(range(after[axis])), axis)
+        elementwise = len(node.args) > 1 and isinstance(node.args[1], fx.Node)
+        if name in _POOLS and not elementwise:
+            return reduced(held, axes_of(node), before, after)
+        return None
+
+    def _along_time(self, source: Any) -> bool:
+        held = self._held.get(source) if isinstance(source, fx.Node) else None
+        return held is not None and held.is_sequence and held.axis == len(self._shape(source)) - 1
+
+    def _mixed(self, node: fx.Node, name: str, inputs: list[fx.Node]) -> Held:
+        """A product sums over steps, unless it is one with weights along the features."""
+        (source, *others), after = inputs, self._shape(node)
+        held, before = self._held[source], self._shape(source)
+        fixed = not others and all(is_fixed(n) for n in node.all_input_nodes if n is not source)
+        contracted = len(before) - (1 if source in node.args[:1] else 2)
+        kept = held.axis is not None and after[: held.axis + 1] == before[: held.axis + 1]
+        if fixed and (contracted != held.axis if "matmul" in name else name == "einsum" and kept):
+            return carried(held, before, after)
+        return joined([self._held[n].mixed() for n in inputs])
+
+    def _joined(self, node: fx.Node, name: str, inputs: list[fx.Node]) -> Held:
+        """Stacked or put end to end: single steps side by side are a sequence again."""
+        given = node.args[0] if node.args else node.kwargs.get("tensors")
+        after = self._shape(node)
+        parts = [self._held[n] for n in inputs]
+        named = None if name in ("hstack", "vstack") else axis_of(node, len(after))
+        axis = _JOINS[name] if named is None else named
+        axis = min(axis, len(after) - 1)
+        if name == "stack":
+            parts = [replace(p, axis=p.axis + (axis <= p.axis)) if p.placed and p.axis is not None
+                     else p for p in parts]  # fmt: skip
+        elif any(p.axis == axis and p.is_sequence for p in parts):
+            steps = tuple(s for p in parts for s in p.steps)
+            return replace(next(p for p in parts if p.axis == axis), steps=steps, inner=1)
+        several = len({s for p in parts for s in p.known}) > 1
+        single = all(len(p.known) == 1 and not p.halves for p in parts)
+        if not (several and single):
+            return joined(parts)
+        listed = given if isinstance(given, tuple | list) else ()
+        steps = tuple(self._held[n].steps[0] if n in self._held else NOTHING
+                      for n in listed if isinstance(n, fx.Node))  # fmt: skip
+        if name == "stack" or after[axis] == len(steps):
+            return Held(steps, axis)
+        return Held(steps, 0, after[0] // len(steps)) if axis == 0 else joined(parts)
+
+    def _written(self, node: fx.Node, inputs: list[fx.Node]) -> Held:
+        """Behind an assignment to a part of a tensor: single steps fill an axis one by one."""
+        target, index, value = node.args
+        shape = self._shape(node)
+        known = self._held.get(target) if isinstance(target, fx.Node) else None
+        new = self._held.get(value) if isinstance(value, fx.Node) else None
+        result = None if new is None else filled(known, new, index, shape)
+        if result is None:
+            return joined([carried(self._held[n], self._shape(n), shape) for n in inputs])
+        return result
 
 
-def _is_fixed(node: fx.Node) -> bool:
-    """Whether the node is a weight, or a weight turned."""
-    while len(node.all_input_nodes) == 1:
-        (node,) = node.all_input_nodes
-    return node.meta.get("name") in ("parameter", "constant")
-
-
-def _picked(sequence: _Sequence, user: fx.Node, name: str) -> _Sequence | Readout:
-    """One or several slices along an axis."""
-    axis = _axis(user) or 0
-    if axis != sequence.axis:
-        gone = 1 if name in _DROPS and axis < sequence.axis else 0
-        part = sequence.part or sequence.is_feature(axis)
-        return _Sequence(user, sequence.axis - gone, part)
-    if name not in _DROPS:
-        return _narrowed(replace(sequence, node=user), sequence)
-    read = [part for part in user.users if part.users] if name == "unbind" else [user]
-    return _one_step(_Sequence(read[0], -1, sequence.part)) if len(read) == 1 else "all_steps"
-
-
-def _indexed(sequence: _Sequence, user: fx.Node) -> _Sequence | Readout:
-    if user.args[0] is not sequence.node:
-        return "all_steps"
-    entries = _entries(user.args[1], sequence.rank)
-    own = [entry for entry in entries if entry is not None]
-    chosen = own[sequence.axis]
-    part = sequence.part or sequence.splits_features(own)
-    if not isinstance(chosen, slice):
-        return _one_step(_Sequence(user, -1, part))
-    if any(isinstance(entry, fx.Node) and _rank(entry) > 1 for entry in own):
-        return "all_steps"
-    place = [i for i, entry in enumerate(entries) if entry is not None][sequence.axis]
-    axis = sum(not isinstance(entry, int) for entry in entries[:place])
-    return _narrowed(_Sequence(user, axis, part), sequence)
-
-
-def _entries(index: Any, rank: int) -> list[Any]:
-    """An index written out: one entry per axis, and a None for each new one."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    missing = rank - sum(entry is not None and entry is not ... for entry in entries)
-    place = next((i for i, entry in enumerate(entries) if entry is ...), len(entries))
-    entries[place : place + 1] = [_WHOLE] * missing
-    return entries
-
-
-def _narrowed(sequence: _Sequence, source: _Sequence) -> _Sequence | Readout:
-    """A stretch of time, which may be a single step."""
-    left, before = (s.node.meta["shape"][s.axis] for s in (sequence, source))
-    return _one_step(sequence) if left == 1 < before else sequence
-
-
-def _one_step(step: _Sequence) -> Readout:
-    """A single step of all features, or of some: then it is one direction's final state."""
-    return "final_state" if step.part or _is_parted(step) else "last_step"
-
-
-def _is_parted(step: _Sequence) -> bool:
-    """Whether every reader of the step takes only some of its features."""
-    readers = list(step.node.users)
-    return bool(readers) and all(_takes_part(step, reader) for reader in readers)
-
-
-def _takes_part(step: _Sequence, reader: fx.Node) -> bool:
-    name = reader.meta.get("name")
-    if name == "__getitem__":
-        entries = _entries(reader.args[1], step.rank)
-        return step.splits_features([entry for entry in entries if entry is not None])
-    if name in _DROPS | _PARTS:
-        return step.is_feature(_axis(reader) or 0)
-    return name in _VIEWS and _is_parted(replace(step, node=reader))
-
-
-def _turned(sequence: _Sequence, user: fx.Node, name: str) -> int:
-    """Where time lies after a permutation of the axes."""
-    order = list(range(sequence.rank))
-    given = [*user.args[1:], *user.kwargs.values()]
-    dims = [d for g in given for d in (g if isinstance(g, tuple | list) else [g])]
-    places: list[int] = [d % sequence.rank for d in dims if isinstance(d, int)]
-    if name == "permute":
-        order = places
-    elif name == "movedim":
-        order.insert(places[1], order.pop(places[0]))
-    elif name == "T":
-        order.reverse()
-    else:
-        one, other = places or (sequence.rank - 2, sequence.rank - 1)
-        order[one], order[other] = order[other], order[one]
-    return order.index(sequence.axis)
+def _place(node: fx.Node) -> tuple[Any, Any]:
+    return node.meta.get("name"), node.meta.get("location")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from rnnguard.inspection.arguments import steps_of
 from rnnguard.inspection.dataflow import is_normalized, is_residual, link
 from rnnguard.inspection.gates import cell_of, is_recurrent, is_single_step, recurrences, weights_of
 from rnnguard.inspection.readout import readout_of
@@ -49,7 +50,7 @@ class _Chain:
         A loss at the end flows back to the last cut only; one at every step passes each piece.
         """
         bounds = pairwise((0, *self.cuts, len(self.calls)))
-        pieces = [sum(map(_steps, self.calls[low:high])) for low, high in bounds]
+        pieces = [sum(map(steps_of, self.calls[low:high])) for low, high in bounds]
         return max(pieces) if readout == "all_steps" else pieces[-1]
 
 
@@ -98,7 +99,7 @@ def unregistered_calls(model: nn.Module, recording: Recording) -> list[str]:
 
 
 def _site(module: nn.Module, paths: list[str], calls: list[NativeCall]) -> FoundSite:
-    chain = max(_chains(calls), key=lambda c: sum(_steps(call) for call in c.calls))
+    chain = max(_chains(calls), key=lambda c: sum(steps_of(call) for call in c.calls))
     given = _join([_site_input(module, call) for call in chain.calls])
     cell = cell_of(module)
     assert cell is not None
@@ -135,14 +136,6 @@ def _relative(location: str | None) -> str | None:
     """file:line below the working folder as a relative path, so that reports compare."""
     here = os.getcwd() + os.sep
     return location.removeprefix(here) if location else None
-
-
-def _steps(call: NativeCall) -> int:
-    if call.kind.endswith("_cell"):
-        return 1
-    if call.batch_sizes is not None:
-        return len(call.batch_sizes)
-    return call.input.shape[1 if call.batch_first else 0]
 
 
 def _chains(calls: list[NativeCall]) -> list[_Chain]:
