@@ -67,7 +67,9 @@ class Mending:
         if remedy.aim == "health" and distance_from_health(before) == 0:
             return
         change = prescribed(row, why, remedy, before, self.look.measurement.run)
-        if change is None or not self._may_change(remedy, path, module):
+        if change is None or self._failed_before(change):
+            return
+        if not self._may_change(remedy, path, module):
             return
         mark = self.edit.mark()
         remedy.apply(self.edit, module, change.dose)
@@ -86,6 +88,14 @@ class Mending:
         outcome = "applied" if verdict.kept else "taken back"
         result = {"outcome": outcome, "result": verdict.sentence}
         self.changes.append(change.model_copy(update=result))
+
+    def _failed_before(self, change: Change) -> bool:
+        """Whether the same dose was taken back at this place already."""
+        return any(
+            (tried.remedy, tried.path, tried.dose, tried.outcome)
+            == (change.remedy, change.path, change.dose, "taken back")
+            for tried in self.changes
+        )
 
     def _may_change(self, remedy: Remedy, path: str, module: nn.Module) -> bool:
         if remedy.tier != "structure" or is_plain(module):

@@ -117,7 +117,7 @@ def test_foreign_parameters() -> None:
 def test_many_foreign_parameters_are_cut_short() -> None:
     (reason,) = optimizer_refusals(Net(), Adam(Net().parameters()))
     assert reason.fact == (
-        "holds 8 of 8 parameters that are not this model's: (3, 3), (3,), (16, 3), ...."
+        "holds 8 of 8 parameters that are not this model's: (3, 3), (3,), (16, 3) and more."
     )
 
 

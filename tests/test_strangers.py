@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import rnnguard
+from rnnguard.decision.verification import Verdict
 from rnnguard.probe.snapshot import fingerprint
 
 X, Y = torch.randn(6, 15, 5), torch.randint(2, (6,))
@@ -260,3 +261,13 @@ def test_the_output_behind_a_norm_is_measured_with_its_epsilon() -> None:
     with torch.no_grad():
         real = float(model.rnn(inputs)[0].square().mean().sqrt())
     assert report["rnn"].output_rms == pytest.approx(real, rel=0.2)
+
+
+def test_what_was_taken_back_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scenario asks for the same remedy three times, each from what was measured."""
+    model = Net(rnn=nn.RNN(5, 16, batch_first=True, nonlinearity="relu"))
+    optimizer = torch.optim.Adam(model.parameters())
+    monkeypatch.setattr("rnnguard.mending.verify", lambda *_: Verdict(False, "did not help"))
+    report = rnnguard.stabilize(model, optimizer, inputs=torch.randn(6, 60, 5), memory=60)
+    tried = [change.remedy for change in report.changes if change.path == "rnn"]
+    assert tried == ["orthogonal", "critical_gain"]

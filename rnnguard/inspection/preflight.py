@@ -82,7 +82,7 @@ def optimizer_refusals(model: nn.Module, optimizer: Optimizer) -> Iterator[Refus
     foreign = [p for p in held if id(p) not in known]
     if foreign:
         shapes = ", ".join(str(tuple(p.shape)) for p in foreign[:3])
-        more = ", ..." if len(foreign) > 3 else ""
+        more = " and more" if len(foreign) > 3 else ""
         count = f"holds {len(foreign)} of {len(held)} parameters"
         fact = f"{count} that are not this model's: {shapes}{more}."
         cure = "Build it from this model's parameters, or pass one module that holds them all."
