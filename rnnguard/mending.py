@@ -132,7 +132,7 @@ class Mending:
         self.look = replace(self.look, measurement=measurement)
 
     def _check(self, look: Look) -> None:
-        """The rewritten model's outputs must have kept their shapes and dtypes."""
+        """The rewritten model's outputs must have kept their rank, width and dtype."""
         if look.signature != self.look.signature:
             fact = "the outputs changed their form or dtype."
             raise RewriteError.of("RG916", "", fact, "The model and optimizer were restored.")

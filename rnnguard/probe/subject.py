@@ -62,9 +62,8 @@ def check_runs(subject: Subject) -> None:
                 parameter_gradients(subject.model, scalar)
     except Exception as error:
         if stage == "backward":
-            said = f"differentiating the loss raised {type(error).__name__}: {error}".splitlines()[
-                0
-            ]
+            whole = f"differentiating the loss raised {type(error).__name__}: {error}"
+            said = whole.splitlines()[0]
             cure = "Detach a state that is kept between calls, and call no backward inside `step`."
             raise RefusedError.of("RG912", stage, f"{said.rstrip('.')}.", cure) from error
         inputs = batch.raw if stage in ("step", "loss") else (batch.args, batch.kwargs)
