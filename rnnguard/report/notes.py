@@ -49,7 +49,7 @@ def notes_of(look: Look, subject: Subject) -> tuple[str, ...]:
             notes.append(
                 f"`{site.label}`: a read-out of the last {demand.steps} steps scores "
                 f"{demand.score:.2f} (chance {demand.chance:.2f}), longer ones no better; "
-                f"the last {demand.half} give half of the gain over chance. Hence the memory needed."
+                f"the last {demand.half} give half of the gain over chance. Hence the memory."
             )
         if site.memory_source == "assumed":
             notes.append(
