@@ -13,7 +13,7 @@ from rnnguard.inspection.provenance import is_orthogonal_across_gates
 from rnnguard.inspection.sites import FoundSite
 from rnnguard.probe.demand import Demand
 from rnnguard.probe.exponents import exponents
-from rnnguard.probe.retention import SILENCE, effective_length, log10_retention
+from rnnguard.probe.retention_curve import SILENCE, effective_length, log10_retention
 from rnnguard.probe.trajectory import LayerTrajectory, trajectories
 from rnnguard.records import LayerReadings, MemorySource, SiteReadings
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from rnnguard.decision.diagnosis import level_of
 from rnnguard.probe.readings import Memory, measure_site
-from rnnguard.probe.retention import SILENCE, effective_length, log10_retention
+from rnnguard.probe.retention_curve import SILENCE, effective_length, log10_retention
 from rnnguard.probe.steps import Trajectory
 from rnnguard.records import Level, SiteReadings
 from rnnguard.remedies.chrono_bias import CHRONO_BIAS
