@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from rnnguard.inspection.recording import NativeCall
+from rnnguard.inspection.native import NativeCall
 
 _AXIS_IS_THIRD = {"chunk", "split", "tensor_split", "take_along_dim", "norm", "vector_norm",
                   "quantile"}  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from rnnguard.inspection.recording import NativeCall
+from rnnguard.inspection.native import NativeCall
 
 _NORMS = {"layer_norm", "batch_norm", "rms_norm", "group_norm", "instance_norm"}
 CUTS = {"detach", "detach_", "data"}

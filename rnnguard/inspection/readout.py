@@ -19,7 +19,7 @@ from rnnguard.inspection.arguments import (
     steps_of,
 )
 from rnnguard.inspection.dataflow import BLANKS, CUTS, state_path
-from rnnguard.inspection.recording import NATIVE, NativeCall
+from rnnguard.inspection.native import NATIVE, NativeCall
 from rnnguard.inspection.timeaxis import (
     NOTHING,
     WHOLE,

@@ -17,34 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 import rnnguard
 from rnnguard.inspection.gates import is_recurrent
+from rnnguard.inspection.native import NATIVE, NativeCall, native_call
 
-NATIVE = {
-    *("lstm", "gru", "rnn_tanh", "rnn_relu"),
-    *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-}
 _TORCH, _OURS = (str(Path(str(m.__file__)).parent) + os.sep for m in (torch, rnnguard))
 # Parts of the package that hold modules of their own, as a user's files do.
 _MODULES_OF_OURS = (f"{_OURS}nn{os.sep}", f"{_OURS}demo.py")
 
 
-@dataclass(frozen=True)
-class NativeCall:
-    """One call of a native recurrent kernel, with the tensors that it was given."""
-
-    node: fx.Node
-    order: int
-    kind: str
-    module: nn.Module | None
-    input: Tensor
-    batch_sizes: Tensor | None
-    state: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
-    batch_first: bool
-    location: str | None
+_FARTHEST = 4096  # backward steps that an unseen call may consist of
 
 
 @dataclass
@@ -77,6 +62,7 @@ class _Recorder(TorchFunctionMode):
         self._modules = {id(module): path for path, module in model.named_modules()}
         # The tensor is kept beside its node, so that no id is used twice during the run.
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._backward: dict[Node, fx.Node] = {}
         for position, tensor in enumerate(tensors_in(inputs)):
             self._remember(tensor, self._count(self.recording.graph.placeholder(f"in{position}")))
 
@@ -85,6 +71,7 @@ class _Recorder(TorchFunctionMode):
         outputs = [self._node_of(t) for t in tensors_in(self.recording.result)]
         self._count(self.recording.graph.output(tuple(outputs)))
         self._nodes.clear()
+        self._backward.clear()
 
     def __torch_function__(
         self,
@@ -129,7 +116,7 @@ class _Recorder(TorchFunctionMode):
         if writes and args and isinstance(args[0], Tensor):
             self._remember(args[0], node)
         if name in NATIVE:
-            self.recording.calls.append(_native_call(node, order, name, module, args, location))
+            self.recording.calls.append(native_call(node, order, name, module, args, location))
 
     def _part(self, node: fx.Node, position: int, item: Tensor) -> fx.Node:
         part = self._count(self.recording.graph.call_function(_item, (node, position)))
@@ -143,16 +130,53 @@ class _Recorder(TorchFunctionMode):
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = (tensor, node)
+        node.meta["real"] = tensor.is_floating_point() or tensor.is_complex()
+        if tensor.grad_fn is not None:
+            # The place in the autograd graph outlives in-place changes of the tensor.
+            node.meta["edge"] = get_gradient_edge(tensor)
+            self._backward[node.meta["edge"].node] = node
 
     def _node_of(self, tensor: Tensor) -> fx.Node:
         known = self._nodes.get(id(tensor))
         if known is not None:
-            return known[1]
-        name = self._names.get(id(tensor), "constant")
-        node = self._count(self.recording.graph.get_attr(name))
-        node.meta.update(name="parameter" if id(tensor) in self._names else "constant")
+            _, node = known
+            if tensor.grad_fn is not None and "edge" not in node.meta:
+                # Made without gradient inside a custom function, which gave it one.
+                node.meta["grad"] = True
+                self._remember(tensor, node)
+            return node
+        node = self._unseen(tensor) if tensor.grad_fn is not None else None
+        if node is None:
+            name = self._names.get(id(tensor), "constant")
+            node = self._count(self.recording.graph.get_attr(name))
+            node.meta.update(name="parameter" if id(tensor) in self._names else "constant")
         node.meta["shape"] = tuple(tensor.shape)
         self._remember(tensor, node)
+        return node
+
+    def _unseen(self, tensor: Tensor) -> fx.Node | None:
+        """A tensor of a call that bypassed the recorder, joined on by the autograd graph.
+
+        Scripted functions and custom autograd functions do not pass through the mode.
+        """
+        pending, seen, sources = [tensor.grad_fn], set[Any](), dict[fx.Node, None]()
+        while pending and len(seen) < _FARTHEST:
+            step = pending.pop()
+            if step is None or step in seen:
+                continue
+            seen.add(step)
+            leaf = getattr(step, "variable", None)
+            if step in self._backward:
+                sources[self._backward[step]] = None
+            elif isinstance(leaf, Tensor):
+                sources[self._node_of(leaf)] = None
+            else:
+                pending += [following for following, _ in step.next_functions]
+        if not sources:
+            return None
+        node = self._count(self.recording.graph.call_function(_unrecorded, tuple(sources)))
+        owner, module, location = self._where()
+        node.meta.update(name="unrecorded", module=owner, location=location)
         return node
 
     def _map(self, value: Any) -> Any:
@@ -208,6 +232,10 @@ def _item(parts: Any, position: int) -> Any:
     return parts[position]
 
 
+def _unrecorded(*sources: Any) -> Any:
+    raise NotImplementedError("stands for a call that the recorder did not see")
+
+
 def _name(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
@@ -246,35 +274,3 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
             yield from tensors_in(getattr(value, name))
-
-
-def _native_call(
-    node: fx.Node,
-    order: int,
-    kind: str,
-    module: nn.Module | None,
-    args: tuple[Any, ...],
-    location: str | None,
-) -> NativeCall:
-    if kind.endswith("_cell"):
-        state = args[1] if isinstance(args[1], tuple | list) else (args[1],)
-        weights = tuple(a for a in args[2:] if isinstance(a, Tensor))
-        return NativeCall(
-            node, order, kind, module, args[0], None, tuple(state), weights, False, location
-        )
-    packed = isinstance(args[3], tuple | list)
-    batch_sizes, hx, weights = (args[1], args[2], args[3]) if packed else (None, args[1], args[2])
-    state = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
-    batch_first = not packed and bool(args[8])
-    return NativeCall(
-        node,
-        order,
-        kind,
-        module,
-        args[0],
-        batch_sizes,
-        state,
-        tuple(weights),
-        batch_first,
-        location,
-    )

@@ -13,8 +13,9 @@ from torch.nn.functional import pad
 from rnnguard.inspection.arguments import steps_of
 from rnnguard.inspection.dataflow import is_normalized, is_residual, link
 from rnnguard.inspection.gates import cell_of, is_recurrent, is_single_step, recurrences, weights_of
+from rnnguard.inspection.native import NativeCall
 from rnnguard.inspection.readout import readout_of
-from rnnguard.inspection.recording import NativeCall, Recording
+from rnnguard.inspection.recording import Recording
 from rnnguard.records import Readout, Site
 
 
