@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,9 +16,10 @@ from rnnguard.decision.verification import Verdict, distance_from_health, verify
 from rnnguard.errors import Refusal, RewriteError, refuse
 from rnnguard.inspection.gates import is_plain
 from rnnguard.inspection.preflight import sparse_refusals
+from rnnguard.measurements import SiteReadings
 from rnnguard.probe.measurement import Look, measure, optimizer_kind
 from rnnguard.probe.subject import Subject
-from rnnguard.records import Change, Plan, SiteReadings, Tier
+from rnnguard.records import Change, Plan, Tier
 from rnnguard.remedies import REMEDIES
 from rnnguard.remedies.remedy import Remedy
 from rnnguard.rewrite.edit import Edit
@@ -63,11 +65,13 @@ class Mending:
 
     def _try(self, row: Scenario, why: str, remedy: Remedy, path: str) -> None:
         """Applies one remedy at a site and keeps it only if its reading improved."""
-        before, module = self.look.measurement[path], self.subject.model.get_submodule(path)
+        before = self.look.measurement[path]
+        module = _target(self.subject.model, remedy, path)
         if remedy.aim == "health" and distance_from_health(before) == 0:
             return
         change = prescribed(row, why, remedy, before, self.look.measurement.run)
-        if change is None or self._failed_before(change):
+        change = None if change is None else self._not_yet_failed(change, remedy)
+        if change is None:
             return
         if not self._may_change(remedy, path, module):
             return
@@ -88,6 +92,14 @@ class Mending:
         outcome = "applied" if verdict.kept else "taken back"
         result = {"outcome": outcome, "result": verdict.sentence}
         self.changes.append(change.model_copy(update=result))
+
+    def _not_yet_failed(self, change: Change, remedy: Remedy) -> Change | None:
+        """The change, with a gentler dose if this one was taken back; None without one."""
+        if self._failed_before(change):
+            if remedy.gentler is None:
+                return None
+            change = change.model_copy(update={"dose": remedy.gentler(change.dose)})
+        return None if self._failed_before(change) else change
 
     def _failed_before(self, change: Change) -> bool:
         """Whether the same dose was taken back at this place already."""
@@ -146,6 +158,9 @@ def diagnosed(look: Look) -> Look:
 def _left_alone(site: SiteReadings, tiers: tuple[Tier, ...]) -> list[Refusal]:
     """The reason that a sick but trained site keeps its weights."""
     sick = site.level not in ("healthy", "unknown", "truncated")
+    if sick and site.cell == "custom" and "structure" in tiers and not site.trained:
+        fact = "a hand-written recurrence keeps its structure, since its code is the user's."
+        return [Refusal("RG910", site.path, fact, "Only its values are changed.")]
     if not (site.trained and sick and "values" in tiers):
         return []
     fact = "the weights are trained, frozen, another optimizer's, or not sure to be untrained."
@@ -157,10 +172,15 @@ def replay(model: nn.Module, optimizer: Optimizer, edit: Edit, plan: Plan) -> tu
     """Applies a plan as it stands, without a probe; RefusedError when it does not fit."""
     refuse(_misfits(model, optimizer, plan))
     for change in plan:
-        target = model if change.path is None else model.get_submodule(change.path)
-        REMEDY[change.remedy].apply(edit, target, change.dose)
+        remedy = REMEDY[change.remedy]
+        remedy.apply(edit, _target(model, remedy, change.path), change.dose)
     result = {"outcome": "applied", "result": "replayed from a plan"}
     return tuple(change.model_copy(update=result) for change in plan)
+
+
+def _target(model: nn.Module, remedy: Remedy, path: str | None) -> nn.Module:
+    """What the remedy works on: the site's module, or the whole model."""
+    return model if path is None or remedy.on_model else model.get_submodule(path)
 
 
 def _misfits(model: nn.Module, optimizer: Optimizer, plan: Plan) -> Iterator[Refusal]:
@@ -173,6 +193,19 @@ def _misfits(model: nn.Module, optimizer: Optimizer, plan: Plan) -> Iterator[Ref
         if change.remedy in ("adamw", "amsgrad") and optimizer_kind(optimizer) not in _ADAMS:
             fact = f"the plan's {change.remedy} is made for Adam, not {type(optimizer).__name__}."
             yield Refusal("RG915", "optimizer", fact, cure)
-        if change.path is not None and change.path not in paths:
+        if change.remedy in REMEDY and REMEDY[change.remedy].on_model:
+            yield from _missing_parameters(model, change)
+        elif change.path is not None and change.path not in paths:
             fact = "the plan names this path, which the model does not have."
             yield Refusal("RG915", change.path, fact, cure)
+
+
+def _missing_parameters(model: nn.Module, change: Change) -> Iterator[Refusal]:
+    """The parameters that a hand-written site's change names and the model does not have."""
+    known = dict(model.named_parameters())
+    words = f"{change.dose.get('entries', '')} {change.dose.get('gates', '')}"
+    named = {word.split(":")[0] for word in re.split(r"[\s+/]+", words) if word}
+    for name in sorted(named - set(known)):
+        fact = f"the plan names the parameter {name}, which the model does not have."
+        cure = "Build the model that the plan was made for, then apply the plan."
+        yield Refusal("RG915", change.path or "", fact, cure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from rnnguard.inspection.preflight import (
     skip_refusals,
     tier_refusals,
 )
+from rnnguard.measurements import Measurement
 from rnnguard.mending import REMEDY, Mending, diagnosed, replay
 from rnnguard.probe.gradients import Gradients
 from rnnguard.probe.measurement import Look, measure, run_readings, with_demands
 from rnnguard.probe.snapshot import untouched
 from rnnguard.probe.subject import Subject, check_runs, guessed_batches
-from rnnguard.records import TIERS, Measurement, Plan, Tier
+from rnnguard.probe.trial import run_trial
+from rnnguard.probe.trial_readings import with_trial
+from rnnguard.records import TIERS, Plan, Tier
 from rnnguard.report.notes import NO_SITE, ORDER, audit_findings, notes_of
 from rnnguard.report.report import Report
 from rnnguard.rewrite.edit import Edit, transaction
@@ -46,6 +49,7 @@ def audit(
     loss: Loss | None = None,
     step: Step | None = None,
     memory: int | None = None,
+    trial: int = 0,
     rules: Rules = None,
     skip: Iterable[str] = (),
     seed: int = 0,
@@ -55,6 +59,8 @@ def audit(
 
     data: iterable of (inputs, target), or one such pair; inputs: a tensor, args tuple or
     kwargs dict when there is no target. memory: steps back that the task needs to look.
+    trial: real optimizer steps to take on the data and take back, for readings that only
+    training shows (spikes, update sizes, the first non-finite value); needs optimizer and loss.
     skip: paths of sites that are not reported. Raises RefusedError with all reasons when
     the model cannot be run.
     """
@@ -63,7 +69,7 @@ def audit(
             *(optimizer_refusals(model, optimizer) if optimizer is not None else ())])  # fmt: skip
     request = _Request(data, inputs, loss, step, memory, None, seed)
     subject = _subject(model, optimizer, request)
-    look = _without(diagnosed(measure(subject)), skip)
+    look = _without(diagnosed(_tried(measure(subject), subject, trial)), skip)
     findings = (*audit_findings(rulebook, look), *findings_of(rulebook, look.measurement))
     report = Report(
         sites=tuple(site.record for site in look.sites),
@@ -244,7 +250,8 @@ def _made_in_forward(model: nn.Module, look: Look) -> list[Refusal]:
     """Sites that are not there until the model has run once for good."""
     paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
     fact, cure = "the module is made in the first forward.", "Run the model once on a batch first."
-    missing = (site.record.path for site in look.sites if site.record.path not in paths)
+    native = (site.record.path for site in look.sites if site.record.form != "written")
+    missing = (path for path in native if path not in paths)
     return [Refusal("RG907", path, fact, cure) for path in missing]
 
 
@@ -252,12 +259,22 @@ def _nothing_to_run(batches: Batches) -> list[Refusal]:
     return [] if batches.batches else [NO_SITE]
 
 
+def _tried(look: Look, subject: Subject, steps: int) -> Look:
+    """The look with the readings of a trial, if one is asked for."""
+    if not steps:
+        return look
+    guard = guard_of(subject.optimizer) if subject.optimizer is not None else None
+    clip = guard.settings.max_norm if guard is not None else None
+    run = with_trial(look.measurement.run, run_trial(subject, steps, clip=clip))
+    return replace(look, measurement=look.measurement.model_copy(update={"run": run}))
+
+
 def _without(look: Look, skip: frozenset[str]) -> Look:
     """The look without the skipped sites."""
     kept = tuple(site for site in look.measurement.sites if site.path not in skip)
     sites = tuple(site for site in look.sites if site.record.path not in skip)
     measurement = look.measurement.model_copy(update={"sites": kept})
-    return Look(measurement, sites, look.unregistered, look.signature)
+    return replace(look, measurement=measurement, sites=sites)
 
 
 def _shown(report: Report, verbose: bool | None) -> Report:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from rnnguard.records import Finding, Severity, SiteReadings
+    from rnnguard.measurements import SiteReadings
+    from rnnguard.records import Finding, Severity
     from rnnguard.report import Report
 
 SEVERITIES = ("error", "warning", "info")

@@ -13,9 +13,9 @@ from rnnguard.inspection.batches import given_batches
 from rnnguard.inspection.gates import cell_of, weights_of
 from rnnguard.inspection.recording import Recording, record
 from rnnguard.inspection.sites import FoundSite, find_sites
+from rnnguard.measurements import Exponent, Measurement, RunReadings, SiteReadings
 from rnnguard.probe.steps import Trajectory, run
 from rnnguard.probe.subject import Subject
-from rnnguard.records import Exponent, Measurement, RunReadings, SiteReadings
 
 
 def recorded(model: nn.Module, *args: Any, **kwargs: Any) -> Recording:
@@ -108,6 +108,7 @@ def site_readings(**fields: Any) -> SiteReadings:
         "input_drive": 0.6,
         "output_rms": 0.2,
         "silent_input": False,
+        "keep_gate": True,
         "trained": False,
         "level": "healthy",
     }

@@ -79,7 +79,8 @@ BAD_NUMBER = "write a number, '< 0.9', '>= 3' or '0.1..0.9'"
         (
             "cell",
             "lstmm",
-            "'lstmm' is not a value of reading 'cell'; expected rnn_tanh, rnn_relu, lstm, gru",
+            "'lstmm' is not a value of reading 'cell'; "
+            "expected rnn_tanh, rnn_relu, lstm, gru, custom",
         ),
         (
             "bidirectional",

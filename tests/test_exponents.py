@@ -1,9 +1,9 @@
-"""Lyapunov exponents against recurrences whose spectrum is known exactly or from theory."""
+"""Lyapunov exponents: errors and intervals, ends, warm-up; the oracles are in test_oracles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from factories import first_layer, zeroed
 from torch import Tensor, nn
 
 from rnnguard.inspection.gates import GATES
-from rnnguard.probe.exponents import exponents
+from rnnguard.measurements import Exponent
+from rnnguard.probe.exponents import exponents, exponents_of
+from rnnguard.probe.measuring import lyapunov_exponents
 from rnnguard.probe.steps import Trajectory
-
-FLOOR = -30.0  # nats; what is zero up to rounding lies below it
 
 
 def spectrum(trajectory: Trajectory, count: int, warmup: int = 20) -> list[float]:
@@ -58,58 +58,6 @@ def forced(cell: type[nn.RNNBase], gate: str, value: float, hidden: int) -> nn.R
     return module
 
 
-@pytest.mark.parametrize("gain", [0.1, 0.9, 1.0, 3.0])
-def test_scaled_orthogonal(gain: float) -> None:
-    found = spectrum(first_layer(plain_rnn(gain * orthogonal(12)), silence(60)), count=12)
-    assert found == pytest.approx([math.log(gain)] * 12, abs=1e-12)
-
-
-def test_any_linear_recurrence() -> None:
-    matrix = gaussian(6, 0.9)
-    found = spectrum(first_layer(plain_rnn(matrix), silence(3000)), count=6)
-    moduli = torch.linalg.eigvals(matrix).abs().sort(descending=True).values
-    assert found == pytest.approx(moduli.log().tolist(), abs=1e-3)
-    assert found == sorted(found, reverse=True)
-
-
-def test_a_contractive_tanh_rnn_without_input_has_its_spectral_radius() -> None:
-    matrix = 0.9 * orthogonal(16) + 0.2 * gaussian(16, 1.0)
-    radius = float(torch.linalg.eigvals(matrix).abs().max())
-    assert radius < 1
-    start = 0.1 * torch.randn(4, 16, dtype=torch.float64)
-    trajectory = first_layer(plain_rnn(matrix), silence(1500, 4), start)
-    (leading,) = spectrum(trajectory, count=1, warmup=300)
-    assert leading == pytest.approx(math.log(radius), abs=1e-3)
-
-
-@pytest.mark.parametrize(("gain", "expected"), [(2.0, 0.152), (3.0, 0.301)])
-def test_mean_field_without_input(gain: float, expected: float) -> None:
-    start = torch.randn(1, 400, dtype=torch.float64)
-    trajectory = first_layer(plain_rnn(gaussian(400, gain)), silence(400), start)
-    (leading,) = spectrum(trajectory, count=1, warmup=100)
-    assert leading == pytest.approx(expected, abs=0.02)
-
-
-@pytest.mark.parametrize(("gain", "drive", "expected"), [(1.0, 1.0, -0.4595), (2.0, 0.25, 0.1204)])
-def test_mean_field_under_drive(gain: float, drive: float, expected: float) -> None:
-    size = 400
-    eye = torch.eye(size, dtype=torch.float64)
-    x = math.sqrt(drive) * torch.randn(300, 2, size, dtype=torch.float64)
-    trajectory = first_layer(plain_rnn(gaussian(size, gain), eye), x)
-    (leading,) = spectrum(trajectory, count=1, warmup=100)
-    assert leading == pytest.approx(expected, abs=0.015)
-
-
-@pytest.mark.parametrize("keep", [0.5, 0.9, 0.99])
-def test_an_lstm_with_nothing_but_a_forget_gate(keep: float) -> None:
-    hidden = 4
-    trajectory = first_layer(forced(nn.LSTM, "f", keep, hidden), silence(80))
-    found = spectrum(trajectory, count=2 * hidden)
-    assert found[:hidden] == pytest.approx([math.log(keep)] * hidden, abs=1e-12)
-    assert max(found[hidden:]) < FLOOR
-    assert all(math.isfinite(value) for value in found)
-
-
 def test_a_decaying_cell_state_only_delays_it() -> None:
     state = torch.zeros(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
     trajectory = first_layer(forced(nn.LSTM, "f", 0.9, 4), silence(600), *state)
@@ -117,75 +65,118 @@ def test_a_decaying_cell_state_only_delays_it() -> None:
     assert found == pytest.approx([math.log(0.9)] * 4, abs=1e-6)
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.95])
-def test_a_gru_keeps_with_z(keep: float) -> None:
-    found = spectrum(first_layer(forced(nn.GRU, "z", keep, 5), silence(60)), count=5)
-    assert found == pytest.approx([math.log(keep)] * 5, abs=1e-12)
+def scalar(logs: Tensor) -> Exponent:
+    """The exponent of a recurrence of one unit that multiplies by exp(logs), (steps, B)."""
+    (found,) = exponents_of(
+        lambda step, q: logs[step].exp()[:, None, None] * q,
+        batch=logs.shape[1], state_size=1, steps=len(logs), count=1,
+        generator=torch.Generator(), warmup=0,
+    )  # fmt: skip
+    return found
 
 
-@pytest.mark.parametrize(
-    ("build", "forget_bias", "expected", "within"),
-    [
-        (nn.RNN, 0.0, -0.549, 0.04),
-        (nn.GRU, 0.0, -0.4395, 0.01),
-        (nn.LSTM, 0.0, -0.4395, 0.01),
-        (nn.LSTM, 1.0, -0.133, 0.01),
-    ],
-)
-def test_default_weights(
-    build: Callable[..., nn.RNNBase], forget_bias: float, expected: float, within: float
-) -> None:
-    hidden = 512
-    module = build(4, hidden)
-    if forget_bias:
-        with torch.no_grad():
-            module.get_parameter("bias_ih_l0")[hidden : 2 * hidden] += forget_bias
-    trajectory = first_layer(module, 0.1 * torch.randn(150, 2, 4))
-    (leading,) = spectrum(trajectory, count=1, warmup=50)
-    assert leading == pytest.approx(expected, abs=within)
+def correlated(steps: int, batch: int, along: float) -> Tensor:
+    """Noise of mean -0.5 and spread 1 whose neighbours correlate by `along`."""
+    x = torch.randn(steps, batch, dtype=torch.float64)
+    for step in range(1, steps):
+        x[step] = along * x[step - 1] + math.sqrt(1 - along**2) * x[step]
+    return x - 0.5
 
 
-@pytest.mark.parametrize("build", [nn.LSTM, nn.GRU])
-def test_default_weights_over_seeds(build: Callable[..., nn.RNNBase]) -> None:
-    """One matrix of 512 rows may miss the limit of wide layers by 0.012; their mean does not."""
-    found = []
-    for seed in range(4):
-        torch.manual_seed(seed)
-        trajectory = first_layer(build(4, 512), 0.01 * torch.randn(256, 2, 4))
-        found += spectrum(trajectory, count=1)
-    assert sum(found) / 4 == pytest.approx(-0.4395, abs=0.01)
+def coverage(draws: list[Exponent], truth: float) -> float:
+    return sum(d.interval[0] <= truth <= d.interval[1] for d in draws) / len(draws)
 
 
-def test_a_chaotic_lstm_of_two_units() -> None:
-    """Laurent and von Brecht, ICLR 2017; block order i, f, g, o."""
-    rows = [[-10, -10], [10, 10], [-10, -10], [10, 10], [10, -80], [80, -10], [10, -10], [10, -10]]
-    module = nn.LSTM(1, 2, bias=False, dtype=torch.float64)
+def test_the_interval_covers_the_truth_over_sequences() -> None:
+    """Four standard errors of a share of 300 are 0.05."""
+    draws = [scalar(correlated(20, 5, 0.9)) for _ in range(300)]
+    assert {draw.freedom for draw in draws} == {4}
+    assert coverage(draws, -0.5) == pytest.approx(0.95, abs=0.05)
+
+
+@pytest.mark.parametrize(("along", "least"), [(0.8, 0.86), (0.95, 0.75)])
+def test_the_interval_of_one_sequence_knows_of_time(along: float, least: float) -> None:
+    """With neighbours that correlate by 0.8, steps taken for independent would cover 0.49."""
+    draws = [scalar(correlated(200, 1, along)) for _ in range(100)]
+    assert {draw.freedom for draw in draws} == {4}
+    assert least <= coverage(draws, -0.5) <= 0.99
+
+
+def test_the_intervals_of_a_network_cover_its_long_run() -> None:
+    """A GRU's leading exponent from 8 sequences, over 40 draws; the errors are no wider than so."""
+    module, batch = nn.GRU(3, 12), 320
+    (long,) = spectrum(first_layer(module, torch.randn(2000, 4, 3)), count=1)
+    logs, trajectory = [], first_layer(module, torch.randn(140, batch, 3))
+    for start in range(0, batch, 8):
+        part = replace(
+            trajectory,
+            outputs=trajectory.outputs[:, start : start + 8],
+            factors={n: f[:, start : start + 8] for n, f in trajectory.factors.items()},
+            lengths=trajectory.lengths[start : start + 8],
+        )
+        logs += exponents(part, count=1, generator=torch.Generator().manual_seed(0), warmup=40)
+    assert coverage(logs, long) >= 0.85
+    spread = torch.tensor([draw.value for draw in logs]).std()
+    assert sum(draw.stderr for draw in logs) / len(logs) == pytest.approx(float(spread), rel=0.35)
+
+
+def test_an_interval_is_students() -> None:
+    low, high = Exponent(value=1.0, stderr=0.1, freedom=4).interval
+    assert (low, high) == pytest.approx((1 - 0.27764, 1 + 0.27764), abs=1e-5)
+    assert Exponent(value=0.0, stderr=1.0).interval == pytest.approx((-1.95996, 1.95996), abs=1e-5)
+    assert Exponent(value=0.0, stderr=0.0, freedom=0).interval == (-math.inf, math.inf)
+
+
+def test_one_step_of_one_sequence_leaves_all_open() -> None:
+    (found,) = exponents(first_layer(nn.GRU(3, 4), torch.randn(1, 1, 3)), count=1,
+                         generator=torch.Generator())  # fmt: skip
+    assert (found.stderr, found.freedom) == (0.0, 0)
+
+
+def test_equal_sequences_have_no_error() -> None:
+    found = scalar(torch.full((30, 4), -0.3, dtype=torch.float64))
+    assert found.interval == pytest.approx((-0.3, -0.3), abs=1e-12)
+
+
+def test_a_push_of_autograd_is_detached() -> None:
+    """What the caller's grad mode leaves on the product must not hold all steps in memory."""
+    weight = nn.Parameter(0.5 * torch.eye(3, dtype=torch.float64))
+    seen: list[bool] = []
+
+    def push(step: int, q: Tensor) -> Tensor:
+        seen.append(q.requires_grad)
+        return weight @ q
+
+    found = exponents_of(push, batch=2, state_size=3, steps=9, count=2, generator=torch.Generator())
+    assert [f.value for f in found] == pytest.approx([math.log(0.5)] * 2, abs=1e-12)
+    assert seen == [False] * 9
+
+
+def test_a_stack_is_the_union_of_its_layers() -> None:
+    """The joint Jacobian of two layers, by autograd, against each layer on its own."""
+    module = nn.GRU(2, 3, num_layers=2, dtype=torch.float64)
     with torch.no_grad():
-        module.get_parameter("weight_hh_l0").copy_(torch.tensor(rows))
-    start = 0.1 * torch.randn(8, 2, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64)
-    found = spectrum(first_layer(module, silence(2000, 8), *start), count=4, warmup=200)
-    assert found[:2] == pytest.approx([0.220, -0.437], abs=0.02)
-    assert found[2] == pytest.approx(-3.11, abs=0.1)
-    assert found[3] < -20
+        module.get_parameter("bias_ih_l1")[3:6] += 2.0
+    x = torch.randn(700, 1, 2, dtype=torch.float64)
+    state = torch.zeros(6, dtype=torch.float64)
 
+    def push(step: int, q: Tensor) -> Tensor:
+        nonlocal state
 
-def test_the_error_covers_the_truth() -> None:
-    """The default GRU's exponent from short sequences, against the long-run one."""
-    module = nn.GRU(3, 32)
-    (long,) = spectrum(first_layer(module, torch.randn(1500, 4, 3)), count=1)
-    (short,) = exponents(
-        first_layer(module, torch.randn(200, 16, 3)),
-        count=1,
-        generator=torch.Generator().manual_seed(0),
+        def moved(joint: Tensor) -> Tensor:
+            return module(x[step : step + 1], joint.view(2, 1, 3))[1].flatten()
+
+        whole = torch.autograd.functional.jacobian(moved, state)
+        state = moved(state).detach()
+        assert isinstance(whole, Tensor)
+        return whole @ q
+
+    joint = exponents_of(
+        push, batch=1, state_size=6, steps=700, count=6, generator=torch.Generator(), warmup=200
     )
-    assert 0 < short.stderr < 0.02
-    assert abs(short.value - long) < 4 * short.stderr + 0.005
-
-
-def test_one_sequence_still_has_an_error() -> None:
-    trajectory = first_layer(nn.GRU(3, 16), torch.randn(100, 1, 3))
-    (found,) = exponents(trajectory, count=1, generator=torch.Generator().manual_seed(0))
-    assert 0 < found.stderr < 0.1
+    alone = lyapunov_exponents(module, x, k=6, warmup=200)
+    assert [e.value for e in joint] == pytest.approx(list(alone.values), abs=5e-3)
+    assert [entry.layer for entry in alone][:3] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FLOORS = {
     "errors": 0,
     "records": 0,
+    "measurements": 0,
     "inspection": 1,
     "probe": 2,
     "decision": 3,
@@ -37,6 +38,7 @@ FLOORS = {
 }
 # What may be imported on one's own floor; the doors all open onto the public names.
 SIDEWAYS = {
+    "measurements": {"records"},
     "rewrite": {"nn"},
     "remedies": {"nn", "rewrite"},
     "__main__": {"__init__", "cli"},
@@ -46,7 +48,7 @@ SIDEWAYS = {
     "demo": {"__init__"},
     "integrations": {"__init__"},
 }
-TORCH_FREE = {"errors", "records", "decision"}
+TORCH_FREE = {"errors", "records", "measurements", "decision"}
 HEAVY = ("torch", "sklearn", "scipy", "numpy", "matplotlib", "rich", "jinja2", "typer")
 
 

@@ -18,7 +18,7 @@ from test_report import (
     stabilized_report,
 )
 
-from rnnguard.records import Measurement
+from rnnguard.measurements import Measurement
 from rnnguard.report import Report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

@@ -112,8 +112,9 @@ def test_the_second_site_is_planned_on_what_the_first_one_then_gives() -> None:
     assert report.before["parts.1"].input_drive > 1e4
     scaled = [change for change in at(report, "parts.1") if change.remedy == "variance_scaling"]
     assert len(scaled) == 1
-    assert float(scaled[0].dose["input_rms"] or 0) == pytest.approx(report["parts.1"].input_rms)
-    assert report["parts.1"].input_rms < 10
+    after = report["parts.1"].input_rms or 0.0
+    assert float(scaled[0].dose["input_rms"] or 0) == pytest.approx(max(1.0, after))
+    assert after < 10
     assert {change.scenario for change in scaled} == {"lstm-fading-chrono"}
     assert (report["parts.0"].level, report["parts.1"].level) == ("healthy", "healthy")
 

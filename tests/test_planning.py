@@ -21,7 +21,8 @@ from rnnguard.decision.conditions import (
 )
 from rnnguard.decision.planning import SITE_SCOPES, allowed, matching, prescribed, reason
 from rnnguard.decision.rulebook import Rulebook, Scenario, load_rulebook
-from rnnguard.records import TIERS, Change, Dose, RunReadings, SiteReadings, Tier
+from rnnguard.measurements import RunReadings, SiteReadings
+from rnnguard.records import TIERS, Change, Dose, Tier
 from rnnguard.remedies import REMEDIES
 
 BOOK = load_rulebook()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rnnguard.inspection.gates import GATES
+from rnnguard.measurements import SiteReadings
 from rnnguard.probe.readings import (
     LONGEST,
     Memory,
@@ -20,7 +21,7 @@ from rnnguard.probe.readings import (
     memory_needed,
     spectral_radius,
 )
-from rnnguard.records import Cell, SiteReadings
+from rnnguard.records import Cell
 
 F, H, T, B = 3, 8, 12, 4
 
@@ -247,9 +248,46 @@ def test_the_memory_needed(
     declared: int | None, every_step: bool, real: bool, expected: Memory
 ) -> None:
     found = only_site(Reader(every_step), torch.randn(T, B, F))
-    assert memory_needed(found, declared, None, real) == expected
+    assert memory_needed(found.record, declared, None, real) == expected
 
 
 def test_the_same_seed_reads_the_same() -> None:
     module, x = nn.LSTM(F, H), torch.randn(T, B, F)
     assert read(module, x) == read(module, x)
+
+
+def test_every_estimate_has_its_error() -> None:
+    site = read(nn.LSTM(F, H, num_layers=2), torch.randn(40, 6, F), Memory(10, "declared"))
+    assert {exponent.freedom for exponent in site.exponents} == {5}
+    assert all(exponent.stderr > 0 for exponent in site.exponents)
+    for errors in (site.retention_stderr, *(r.retention_stderr for r in site.layer_readings)):
+        assert len(errors) == 41 and errors[0] == 0.0 and all(e > 0 for e in errors[1:])
+    assert site.effective_length_interval is not None
+    low, high = site.effective_length_interval
+    assert 0 < low <= site.effective_length <= high <= 40
+    assert site.retention_at_memory_interval is not None and site.retention_at_memory is not None
+    below, above = site.retention_at_memory_interval
+    assert below < site.retention_at_memory < above
+    # Student's t at 5 degrees of freedom.
+    assert (above - below) / 2 == pytest.approx(2.5706 * site.retention_stderr[10], rel=1e-4)
+
+
+def test_the_bounds_of_what_was_extrapolated_widen() -> None:
+    x, module = torch.randn(40, 6, F), nn.GRU(F, H)
+    inside = read(module, x, Memory(40, "declared")).retention_at_memory_interval
+    beyond = read(module, x, Memory(400, "declared")).retention_at_memory_interval
+    assert inside is not None and beyond is not None
+    assert beyond[1] - beyond[0] > 2 * (inside[1] - inside[0])
+
+
+def test_without_memory_needed_no_bounds_at_it() -> None:
+    site = read(nn.LSTM(F, H), torch.randn(T, B, F), Memory(None, "unknown"))
+    assert site.retention_at_memory_interval is None
+
+
+def test_half_precision_around_an_audit_changes_no_reading() -> None:
+    found = only_site(nn.GRU(F, H), torch.randn(T, B, F))
+    expected = measure_site(found, Memory(T, "declared"), seed=0, trained=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = measure_site(found, Memory(T, "declared"), seed=0, trained=False)
+    assert (inside.exponents, inside.retention) == (expected.exponents, expected.retention)

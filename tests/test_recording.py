@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -295,3 +296,171 @@ def test_outputs_in_nests_reach_the_output_node() -> None:
     recording = recorded(Nested(), torch.ones(2))
     (output,) = (n for n in recording.graph.nodes if n.op == "output")
     assert [n.meta["name"] for n in output.all_input_nodes] == ["exp", "tanh"]
+
+
+# --- places in the autograd graph
+
+
+def real_nodes(recording: Recording) -> list[fx.Node]:
+    return [n for n in recording.graph.nodes if n.meta.get("real")]
+
+
+def test_a_value_knows_its_place_in_the_autograd_graph() -> None:
+    """The gradient at that place is the gradient of the value, also behind changes in place."""
+    weight = torch.tensor(2.0, requires_grad=True)
+
+    def run() -> Tensor:
+        first = weight.exp()
+        second = first * 0.1
+        second.add_(0.1)
+        second.tanh_()
+        return second.sin()
+
+    recording = record(run, nn.Identity())
+    edge = node(recording, "exp").meta["edge"]
+    (found,) = torch.autograd.grad(recording.result, [edge])
+    second = (0.1 * weight.detach().exp() + 0.1).tanh()
+    exact = second.cos() * (1 - second**2) * 0.1
+    assert float(found) == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_no_gradient_no_place() -> None:
+    weight = torch.ones(2, requires_grad=True)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            hidden = weight.exp()
+        return weight.tanh().detach() + hidden
+
+    recording = record(run, nn.Identity())
+    assert "edge" in node(recording, "tanh").meta
+    for name in ("exp", "detach", "add"):
+        assert "edge" not in node(recording, name).meta
+
+
+def test_real_values_are_told_from_ids_and_masks() -> None:
+    def run() -> Tensor:
+        x = torch.ones(3)
+        return x[(x > 0).nonzero().squeeze(1)] + x.to(torch.complex64)
+
+    recording = record(run, nn.Identity())
+    assert {n.meta["name"] for n in real_nodes(recording)} == {"ones", "__getitem__", "to", "add"}
+
+
+def test_inputs_have_their_shape() -> None:
+    recording = recorded(nn.Identity(), torch.ones(4, 2))
+    first = next(iter(recording.graph.nodes))
+    assert (first.op, first.meta["shape"], first.meta["real"]) == ("placeholder", (4, 2), True)
+
+
+# --- calls that bypass the recorder
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * x * w
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        return 2 * gradients[0] * x * w, (gradients[0] * x * x).sum(0)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @torch.jit.script
+    def scripted_square(x: Tensor, w: Tensor) -> Tensor:
+        return x * x * w
+
+
+class Unseen(nn.Module):
+    def __init__(self, call: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.into, self.w = nn.Linear(F, H), nn.Parameter(torch.ones(H))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.into(x)
+        found = self.call(given, self.w)
+        return found.tanh()
+
+
+@pytest.mark.parametrize("call", [Square.apply, scripted_square], ids=["custom", "scripted"])
+def test_a_call_that_is_not_seen_is_joined_on(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    recording = recorded(Unseen(call), torch.randn(B, F))
+    unseen = node(recording, "unrecorded")
+    sources = {str(n.target) if n.op == "get_attr" else n.meta["name"]
+               for n in unseen.all_input_nodes}  # fmt: skip
+    assert sources == {"linear", "w"}
+    assert node(recording, "tanh").args[0] is unseen
+    assert unseen.meta["shape"] == (B, H)
+    assert "edge" in unseen.meta
+
+
+def test_an_unseen_call_stands_where_its_latest_source_does() -> None:
+    """And not where its result is read, which may be far behind the loop that made it."""
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(F))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = []
+            for now in x:
+                moved = now * self.w
+                found.append(Square.apply(moved, self.w))
+            return torch.stack(found)
+
+    recording = recorded(Kept(), torch.randn(T, F))
+    unseen = [n for n in recording.graph.nodes if n.meta.get("name") == "unrecorded"]
+    assert len(unseen) == T
+    assert {line(n.meta["location"]) for n in unseen} == {"moved = now * self.w"}
+
+
+def test_an_unseen_call_is_joined_to_the_one_part_that_it_reads() -> None:
+    def run() -> Tensor:
+        parts = (torch.ones(T, F, requires_grad=True) * 2).unbind(0)
+        found: Tensor = Square.apply(parts[1], torch.ones(F, requires_grad=True))
+        return found.tanh()
+
+    recording = record(run, nn.Identity())
+    parts = [n.meta["part"] for n in node(recording, "unrecorded").all_input_nodes
+             if n.meta["name"] == "item"]  # fmt: skip
+    assert parts == [1]
+
+
+# --- writing into views
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda buffer, value: buffer[1].copy_(value),
+        lambda buffer, value: buffer.select(0, 1).add_(value),
+        lambda buffer, value: buffer[1][:].copy_(value),
+        lambda buffer, value: buffer.view(-1)[F : 2 * F].copy_(value),
+    ],
+)
+def test_what_is_written_into_a_view_stands_in_its_base(
+    write: Callable[[Tensor, Tensor], object],
+) -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            buffer = torch.zeros(2, F)
+            write(buffer, x.exp())
+            return buffer * 2
+
+    recording = recorded(Writes(), torch.ones(F))
+    read = node(recording, "mul").args[0]
+    assert isinstance(read, fx.Node)
+    assert (read.meta["name"], read.meta["shape"]) == ("written", (2, F))
+    pending, behind = [read], set[Any]()
+    while pending:
+        reached = pending.pop()
+        behind.add(reached.meta.get("name"))
+        pending += reached.all_input_nodes
+    assert {"exp", "zeros"} <= behind

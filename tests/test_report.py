@@ -12,17 +12,8 @@ from typing import Any
 import pytest
 
 from rnnguard.errors import Refusal, RNNGuardError, RulesError
-from rnnguard.records import (
-    Change,
-    Exponent,
-    Finding,
-    Level,
-    Measurement,
-    Plan,
-    RunReadings,
-    Site,
-    SiteReadings,
-)
+from rnnguard.measurements import Exponent, Measurement, RunReadings, Site, SiteReadings
+from rnnguard.records import Change, Finding, Level, Plan
 from rnnguard.report import Report
 
 STEPS = 100
@@ -54,7 +45,8 @@ def made_up_readings(
         retention_at_memory=curve[-1], spectral_radius=0.6,
         whole_matrix_orthogonal=False, forget_gate=0.5, forget_bias=0.0,
         forget_bias_doubled=False, saturation=0.02, dead_units=None, input_rms=1.0,
-        input_drive=0.6, output_rms=0.2, silent_input=False, trained=False, level=level,
+        input_drive=0.6, output_rms=0.2, silent_input=False, keep_gate=True, trained=False,
+        level=level,
     )  # fmt: skip
     return SiteReadings(**known | fields)
 

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from factories import first_layer, only_site, run_readings, zeroed
 from hypothesis import given
 from hypothesis import strategies as st
-from test_exponents import forced, orthogonal, plain_rnn, silence
+from test_exponents import orthogonal, plain_rnn, silence
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rnnguard.decision.diagnosis import level_of
+from rnnguard.measurements import SiteReadings
 from rnnguard.probe.readings import Memory, measure_site
-from rnnguard.probe.retention_curve import SILENCE, effective_length, log10_retention
+from rnnguard.probe.retention_curve import (
+    SILENCE,
+    RetentionCurve,
+    effective_length,
+    log10_retention,
+    log10_retention_of,
+    upper_envelope,
+    weakest_direction,
+)
 from rnnguard.probe.steps import Trajectory
-from rnnguard.records import Level, SiteReadings
-from rnnguard.remedies.chrono_bias import CHRONO_BIAS
-from rnnguard.rewrite.edit import Edit
+from rnnguard.records import Level
 
 
 def curve_of(trajectory: Trajectory, vectors: int = 8, seed: int = 3) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
-    return log10_retention(trajectory, vectors=vectors, generator=generator)
+    return list(log10_retention(trajectory, vectors=vectors, generator=generator).log10)
 
 
 def readings(model: nn.Module, x: Tensor, memory: int | None = None) -> SiteReadings:
@@ -36,14 +44,6 @@ def readings(model: nn.Module, x: Tensor, memory: int | None = None) -> SiteRead
 
 def level(site: SiteReadings) -> Level:
     return level_of(site, run_readings())
-
-
-@pytest.mark.parametrize("gain", [0.1, 0.9, 1.0, 3.0])
-def test_scaled_orthogonal_for_every_vector(gain: float) -> None:
-    trajectory = first_layer(plain_rnn(gain * orthogonal(12)), silence(50))
-    expected = [k * math.log10(gain) for k in range(51)]
-    assert curve_of(trajectory, vectors=1) == pytest.approx(expected, abs=1e-12)
-    assert curve_of(trajectory, vectors=8) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_mean_over_vectors_is_the_frobenius_norm() -> None:
@@ -71,35 +71,6 @@ def test_it_is_autograds_gradient() -> None:
         norm = torch.cat([g.flatten() for g in grads if g is not None]).norm()
         expected.append(math.log10(norm / v.norm()))
     assert curve_of(first_layer(module, x), vectors=1) == pytest.approx(expected, abs=1e-10)
-
-
-@pytest.mark.parametrize("keep", [0.5, 0.99])
-def test_an_lstm_with_nothing_but_a_forget_gate(keep: float) -> None:
-    """One step back the gradient lies in c alone; from there each lag costs the factor f."""
-    found = curve_of(first_layer(forced(nn.LSTM, "f", keep, 6), silence(40)))
-    lost = [later - earlier for earlier, later in pairwise(found[1:])]
-    assert lost == pytest.approx([math.log10(keep)] * 39, abs=1e-12)
-
-
-@pytest.mark.parametrize("keep", [0.3, 0.95])
-def test_a_gru_keeps_with_z(keep: float) -> None:
-    found = curve_of(first_layer(forced(nn.GRU, "z", keep, 6), silence(40)))
-    assert found == pytest.approx([k * math.log10(keep) for k in range(41)], abs=1e-12)
-
-
-@pytest.mark.parametrize(("memory", "expected"), [(50, 0.1505), (784, 0.1483)])
-def test_chrono_keeps_a_seventh_on_average(memory: int, expected: float) -> None:
-    """E[f^T] at lag T_max is E2(1) = 0.1485 in the limit; weights are zero, so f is its bias."""
-    kept = []
-    for seed in range(24):
-        module = zeroed(nn.LSTM(1, 256))
-        CHRONO_BIAS.apply(Edit(module, None), module, {"t_max": memory, "seed": seed})
-        with torch.no_grad():
-            gate = module.get_parameter("bias_ih_l0")[256:512].double().sigmoid()
-        trajectory = first_layer(module, torch.zeros(2, 1, 1))
-        assert trajectory.factors["keep"][0, 0].double() == pytest.approx(gate, abs=1e-6)
-        kept.append(float((gate**memory).mean()))
-    assert sum(kept) / len(kept) == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize("gain", [0.1, 3.0])
@@ -159,6 +130,145 @@ def test_a_sorted_and_an_unsorted_batch_read_alike() -> None:
 )
 def test_effective_length(curve: list[float], epsilon: float, expected: int) -> None:
     assert effective_length(curve, epsilon) == expected
+
+
+@cache
+def multiplied(sequences: int, spread: float) -> list[RetentionCurve]:
+    """200 curves of a recurrence that multiplies its whole state by exp(spread z) at each step."""
+    found = []
+    for seed in range(200):
+        logs = spread * torch.randn(9, sequences, dtype=torch.float64)
+
+        def pull(lag: int, g: Tensor, logs: Tensor = logs) -> Tensor:
+            return g * logs[lag].exp()[:, None, None]
+
+        found.append(
+            log10_retention_of(
+                pull, batch=sequences, state_size=4, steps=8, vectors=8,
+                generator=torch.Generator().manual_seed(seed),
+            )
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sequences", "spread", "least"), [(4, 0.08, 0.9), (8, 0.08, 0.9), (8, 0.4, 0.75)]
+)
+def test_the_interval_covers_the_truth(sequences: int, spread: float, least: float) -> None:
+    """At lag 8 the sequences' R differ by 0.1 decades, or by 0.5; rms: log10 R = k spread^2."""
+    curves = multiplied(sequences, spread)
+    truth = 8 * spread**2 / math.log(10)
+    bounds = [curve.interval[8] for curve in curves]
+    assert least <= sum(low <= truth <= high for low, high in bounds) / 200 <= 0.99
+    assert {curve.freedom[8] for curve in curves} == {sequences - 1}
+
+
+def test_the_errors_are_the_spread_of_the_estimates() -> None:
+    curves = multiplied(8, 0.08)
+    for lag in (1, 4, 8):
+        actual = float(torch.tensor([curve.log10[lag] for curve in curves]).std())
+        claimed = sum(curve.stderr[lag] for curve in curves) / 200
+        assert claimed == pytest.approx(actual, rel=0.15)
+
+
+def test_over_vectors_where_there_is_one_sequence() -> None:
+    """The Frobenius norm of one matrix, from 12 random directions."""
+    matrix = torch.diag(torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64))
+    truth, covered = math.log10(float(matrix.norm()) / 2), 0
+    for seed in range(200):
+        found = log10_retention_of(
+            lambda lag, g: g @ matrix, batch=1, state_size=4, steps=1, vectors=12,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        assert found.freedom == (0, 11)
+        covered += found.interval[1][0] <= truth <= found.interval[1][1]
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize(("own", "jackknife_is_larger"), [((9.0, 1, 1, 1, 1), True),
+                                                        ((0.1, 1, 1, 1, 1), False)])  # fmt: skip
+def test_the_error_written_out(own: tuple[float, ...], jackknife_is_larger: bool) -> None:
+    """Five sequences that keep so much each; every one left out of the ratio of sums in turn."""
+    factors = torch.tensor(own, dtype=torch.float64)
+    options: dict[str, Any] = {"batch": 5, "state_size": 6, "steps": 1, "vectors": 3}
+    found = log10_retention_of(
+        lambda lag, g: g * factors[:, None, None],
+        generator=torch.Generator().manual_seed(2), **options,
+    )  # fmt: skip
+    start = torch.randn(
+        5, 3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    ).square().sum((1, 2))  # fmt: skip
+    kept = factors**2 * start
+    leave = [(kept.sum() - kept[i]) / (start.sum() - start[i]) for i in range(5)]
+    each = torch.stack(leave).log10() / 2
+    jackknife = float(((each - each.mean()).square().sum() * 4 / 5).sqrt())
+    apart = float(factors.log10().std() / math.sqrt(5))
+    assert (jackknife > apart) is jackknife_is_larger
+    assert found.stderr[1] == pytest.approx(max(jackknife, apart), rel=1e-12)
+    assert found.log10[1] == pytest.approx(float((kept.sum() / start.sum()).log10() / 2), rel=1e-12)
+
+
+def test_silence_has_no_error_and_one_loud_sequence_says_nothing() -> None:
+    def pull(lag: int, g: Tensor) -> Tensor:
+        return g * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)[:, None, None] ** (lag - 1)
+
+    generator = torch.Generator().manual_seed(0)
+    found = log10_retention_of(pull, batch=3, state_size=2, steps=3, vectors=4, generator=generator)
+    assert found.stderr[1] == pytest.approx(0.0, abs=1e-12)
+    low, high = found.interval[3]
+    assert low == SILENCE < found.log10[3] < high
+    zero = curve_of(first_layer(zeroed(nn.RNN(1, 4)), torch.ones(5, 2, 1)))
+    assert zero == [0.0] + [SILENCE] * 5
+
+
+def straight(slope: float, error: float, freedom: int = 7, steps: int = 40) -> RetentionCurve:
+    """A curve that loses `slope` decades per step, with an error that grows with the lag."""
+    lags = range(steps + 1)
+    return RetentionCurve(
+        tuple(-slope * lag for lag in lags),
+        tuple(error * lag for lag in lags),
+        (freedom,) * len(lags),
+    )
+
+
+def test_bounds_of_the_effective_length() -> None:
+    """t = 2.3646 at 7 degrees of freedom: the bounds lose 0.1 +- 0.0236 decades per step."""
+    found = straight(0.1, 0.01)
+    assert found.effective_length() == 20
+    assert found.effective_length_interval() == (int(2 / 0.123646), int(2 / 0.076354))
+    assert found.effective_length_interval(1e-9) == (40, 40)
+    assert straight(0.1, 0.0).effective_length_interval() == (20, 20)
+
+
+def test_the_curve_and_its_bounds_go_on_behind_their_end() -> None:
+    found = straight(0.1, 0.01)
+    assert found.at(30) == pytest.approx(-3.0)
+    assert found.at(100) == pytest.approx(-10.0)
+    assert found.interval_at(100) == pytest.approx((-12.3646, -7.6354), abs=1e-3)
+    assert straight(500.0, 0.0).at(41) == SILENCE
+
+
+def test_one_vector_of_one_sequence_leaves_all_open() -> None:
+    found = straight(0.1, 0.0, freedom=0)
+    assert found.interval[0] == (0.0, 0.0)
+    assert found.interval[1] == (SILENCE, math.inf)
+
+
+def test_the_envelope_takes_value_and_error_together() -> None:
+    early, late = straight(0.1, 0.01), straight(0.2, 0.02, freedom=3)
+    assert upper_envelope([late, early]) == early
+    steep = RetentionCurve((0.0, -1.0, -3.0), (0.0, 0.1, 0.2), (4, 4, 4))
+    flat = RetentionCurve((0.0, -2.0, -2.0), (0.0, 0.3, 0.4), (2, 2, 2))
+    joint = upper_envelope([steep, flat])
+    assert joint.log10 == (0.0, -1.0, -2.0)
+    assert joint.stderr[1:] == (0.1, 0.4)
+    assert joint.freedom[1:] == (4, 2)
+
+
+def test_the_weakest_direction_is_judged_by_its_best_layer() -> None:
+    bad, good, fair = straight(0.5, 0.0), straight(0.01, 0.0), straight(0.1, 0.0)
+    curves = [("forward", bad), ("reverse", fair), ("forward", good), ("reverse", bad)]
+    assert weakest_direction(curves, 40) == ("reverse", fair)
 
 
 @given(st.lists(st.floats(-4, 1), max_size=12), st.sampled_from([1e-3, 1e-2, 0.5]))

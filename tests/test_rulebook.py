@@ -116,7 +116,7 @@ def test_a_wrong_code(tmp_path: Path) -> None:
             'cell = "lstm"',
             'cell = "lstmm"',
             "when: 'lstmm' is not a value of reading 'cell'; "
-            "expected rnn_tanh, rnn_relu, lstm, gru.",
+            "expected rnn_tanh, rnn_relu, lstm, gru, custom.",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
 
 from rnnguard.probe.measurement import Look, measure
-from rnnguard.probe.snapshot import fingerprint, same_bits, untouched
+from rnnguard.probe.snapshot import Snapshot, fingerprint, same_bits, untouched
 
 
 class Restless(nn.Module):
@@ -315,3 +315,55 @@ def test_the_fingerprint_sees_another_optimizer() -> None:
     model = nn.Linear(2, 2)
     first, second = (SGD(model.parameters(), lr=0.1) for _ in range(2))
     assert fingerprint(model, first) != fingerprint(model, second)
+
+
+def test_what_else_takes_part_is_given_back() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    scaler = torch.amp.GradScaler("cpu")
+    before = fingerprint(model, optimizer, scheduler, scaler)
+    snapshot = Snapshot(model, optimizer=optimizer, others=(scheduler, scaler))
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update(3.0)
+    scheduler.step()
+    for parameter in model.parameters():
+        parameter.grad = None
+    assert fingerprint(model, optimizer, scheduler, scaler) != before
+    snapshot.restore()
+    assert fingerprint(model, optimizer, scheduler, scaler) == before
+    assert optimizer.param_groups[0]["lr"] == 0.1 and scaler._scale is None
+
+
+def test_what_is_to_be_left_is_left() -> None:
+    model = nn.BatchNorm1d(2)
+    snapshot = Snapshot(model, leaving=model.parameters())
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        assert model.running_mean is not None
+        model.running_mean.fill_(3.0)
+    snapshot.restore()
+    assert model.weight.tolist() == [3.0, 3.0]
+    assert model.running_mean.tolist() == [0.0, 0.0]
+
+
+def test_an_interrupt_waits_until_all_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    before = fingerprint(model)
+    snapshot = Snapshot(model)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.bias.fill_(3.0)
+    copy, calls = Tensor.copy_, []
+
+    def interrupted(self: Tensor, *args: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return copy(self, *args)
+
+    monkeypatch.setattr(Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        snapshot.restore()
+    assert len(calls) == 3 and fingerprint(model) == before

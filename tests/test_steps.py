@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from rnnguard.inspection.gates import parameter_name
 from rnnguard.inspection.sites import SiteInput
+from rnnguard.probe.exponents import exponents, exponents_of
+from rnnguard.probe.retention_curve import log10_retention, log10_retention_of
 from rnnguard.probe.trajectory import trajectories
 
 T, B, F, H = 7, 3, 4, 5
@@ -46,6 +49,10 @@ def states_for(module: nn.RNNBase, batch: int = B) -> tuple[Tensor, ...]:
 
 def as_torch_takes(states: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
     return states if len(states) > 1 else states[0]
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(4)
 
 
 def jacobian(module: nn.RNNBase, x: Tensor, states: tuple[Tensor, ...]) -> Tensor:
@@ -87,6 +94,54 @@ def test_products_are_autograds(name: str, bias: bool) -> None:
         assert exact.abs().max() > 1e-2
         assert (pushed[row] - vectors[row] @ exact.T).abs().max() < 1e-10
         assert (pulled[row] - vectors[row] @ exact).abs().max() < 1e-10
+
+
+def by_autograd(
+    module: nn.RNNBase, x: Tensor, states: tuple[Tensor, ...]
+) -> tuple[list[Tensor], int]:
+    """Each step's Jacobian of the joint state, (T, B, n, n), by autograd on torch's own cell."""
+    sizes = [state.shape[-1] for state in states]
+    jacobians, joint = [], torch.cat([state[0] for state in states], -1)
+    for driven in x:
+        rows = [
+            jacobian(
+                module, driven[row], tuple(part[row : row + 1] for part in joint.split(sizes, -1))
+            )
+            for row in range(len(joint))
+        ]
+        jacobians.append(torch.stack(rows))
+        parts = tuple(part[None].contiguous() for part in joint.split(sizes, -1))
+        with torch.no_grad():
+            _, new = module(driven[None], as_torch_takes(parts))
+        joint = torch.cat([p[0] for p in (new if isinstance(new, tuple) else (new,))], -1)
+    return jacobians, sum(sizes)
+
+
+@every_cell
+def test_exponents_and_retention_are_those_of_autograds_jacobians(name: str) -> None:
+    """The closed forms along a trajectory, against the same recurrence fed step by step."""
+    module, x = lively(name), torch.randn(T, B, F, dtype=torch.float64)
+    states, lengths = states_for(module), torch.tensor([T, 5, 3])
+    trajectory = first_layer(module, x, *(state[0] for state in states), lengths=lengths.tolist())
+    jacobians, size = by_autograd(module, x, states)
+
+    def pull(lag: int, g: Tensor) -> Tensor:
+        own = [jacobians[max(0, int(end) - lag)][row] for row, end in enumerate(lengths)]
+        return g @ torch.stack(own)
+
+    # Units that are off leave a Jacobian of low rank, whose further exponents are rounding.
+    count = 1 if name == "relu" else 3
+    shape: dict[str, Any] = {"batch": B, "state_size": size, "steps": T, "lengths": lengths}
+    fed = exponents_of(
+        lambda step, q: jacobians[step] @ q, count=count, generator=seeded(), warmup=1, **shape
+    )
+    own = exponents(trajectory, count=count, generator=seeded(), warmup=1)
+    for one, other in zip(own, fed, strict=True):
+        assert (one.value, one.stderr) == pytest.approx((other.value, other.stderr), abs=1e-10)
+    back = log10_retention_of(pull, vectors=4, generator=seeded(), **shape)
+    curve = log10_retention(trajectory, vectors=4, generator=seeded())
+    assert curve.log10 == pytest.approx(back.log10, abs=1e-10)
+    assert curve.stderr == pytest.approx(back.stderr, abs=1e-10)
 
 
 def test_the_lstms_state_is_the_pair() -> None:

@@ -264,10 +264,12 @@ def test_the_output_behind_a_norm_is_measured_with_its_epsilon() -> None:
 
 
 def test_what_was_taken_back_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scenario asks for the same remedy three times, each from what was measured."""
+    """The scenario asks for the same remedy three times: once as measured, once more gently."""
     model = Net(rnn=nn.RNN(5, 16, batch_first=True, nonlinearity="relu"))
     optimizer = torch.optim.Adam(model.parameters())
     monkeypatch.setattr("rnnguard.mending.verify", lambda *_: Verdict(False, "did not help"))
     report = rnnguard.stabilize(model, optimizer, inputs=torch.randn(6, 60, 5), memory=60)
-    tried = [change.remedy for change in report.changes if change.path == "rnn"]
-    assert tried == ["orthogonal", "critical_gain"]
+    tried = [change for change in report.changes if change.path == "rnn"]
+    assert [change.remedy for change in tried] == ["orthogonal", "critical_gain", "critical_gain"]
+    first, second = (float(change.dose["factor"] or 0) for change in tried[1:])
+    assert second == pytest.approx(first**0.5, rel=1e-3)

@@ -285,7 +285,8 @@ def test_what_is_no_model_is_shown(nets: Path) -> None:
 
 def test_the_known_arguments_are_those_of_audit_and_stabilize() -> None:
     assert {*AUDIT_ARGUMENTS, "verbose"} == set(signature(rnnguard.audit).parameters)
-    assert {*AUDIT_ARGUMENTS, *STABILIZE_ONLY} == set(signature(rnnguard.stabilize).parameters)
+    both = {*AUDIT_ARGUMENTS, *STABILIZE_ONLY} - {"trial"}
+    assert both == set(signature(rnnguard.stabilize).parameters)
 
 
 def test_values_of_options(nets: Path) -> None:

@@ -17,7 +17,8 @@ from test_report import (
     stabilized_report,
 )
 
-from rnnguard.records import Finding, Measurement, Plan
+from rnnguard.measurements import Measurement
+from rnnguard.records import Finding, Plan
 from rnnguard.report.text import brief, plain
 from rnnguard.report.words import power, rule_page, shape, sparkline
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from rnnguard.records import Record, RunReadings, SiteReadings, near_miss
+from rnnguard.measurements import RunReadings, SiteReadings
+from rnnguard.records import Record, near_miss
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _COMPARISON = re.compile(rf"\s*(<=|>=|<|>)\s*({_NUMBER})\s*", re.IGNORECASE)

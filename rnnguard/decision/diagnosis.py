@@ -10,37 +10,34 @@ from typing import Any
 
 from rnnguard.decision.conditions import When, vocabulary_values
 from rnnguard.decision.rulebook import Rule, Rulebook
-from rnnguard.records import (
-    Finding,
-    Level,
-    Measurement,
-    Record,
-    RunReadings,
-    SiteReadings,
-)
+from rnnguard.measurements import Measurement, RunReadings, SiteReadings
+from rnnguard.records import Finding, Level, Record
 
 EXPLODING_OVER_WINDOW = math.log(100)
 EXPANSIVE_OVER_WINDOW = math.log(3)
 GROWTH_LIMIT = 100.0
+UNSTABLE_SPIKES = 0.05  # share of trial steps
+RISKY_SPIKES = 0.01
 VANISHED = -4.0  # log10 R
 FADED = math.log10(5e-2)
 
 
 def level_of(site: SiteReadings, run: RunReadings) -> Level:
     """The first row of the health table that the readings meet."""
-    if run.nonfinite:
+    if run.nonfinite or run.nonfinite_steps or (run.spike_rate or 0.0) > UNSTABLE_SPIKES:
         return "unstable"
     over_window = site.growth_over_window if site.expansive else 0.0
     if over_window > EXPLODING_OVER_WINDOW or site.growth > GROWTH_LIMIT:
         return "exploding"
-    if over_window > EXPANSIVE_OVER_WINDOW:
+    if over_window > EXPANSIVE_OVER_WINDOW or (run.spike_rate or 0.0) >= RISKY_SPIKES:
         return "at risk: expansive"
     if site.memory_needed is None or site.retention_at_memory is None:
         return "unknown"
+    # Of a mere bound, or where another path leads around, nothing is known for certain.
+    sure = site.memory_source in ("declared", "estimated") and not site.bypass
     if site.memory_needed > site.window:
-        return "truncated"
+        return "truncated" if sure else "at risk: fading"
     if site.retention_at_memory < FADED:
-        sure = site.memory_source in ("declared", "estimated")
         return "vanishing" if sure and site.retention_at_memory < VANISHED else "at risk: fading"
     return "healthy"
 

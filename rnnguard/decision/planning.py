@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from rnnguard.decision.conditions import vocabulary_values
 from rnnguard.decision.rulebook import Rulebook, Scenario
-from rnnguard.records import Change, Dose, RunReadings, SiteReadings, Tier
+from rnnguard.measurements import RunReadings, SiteReadings
+from rnnguard.records import Change, Dose, Tier
 
 SITE_SCOPES = ("recurrence", "input", "output")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rnnguard.decision.diagnosis import EXPANSIVE_OVER_WINDOW, FADED, GROWTH_LIMIT
-from rnnguard.records import SiteReadings
+from rnnguard.measurements import SiteReadings
 
 Aim = Literal["health", "growth", "input", "output"]
 
@@ -58,8 +58,8 @@ def verify(aim: Aim, before: SiteReadings, after: SiteReadings) -> Verdict:
 
 
 _READINGS: dict[Aim, tuple[str, Callable[[SiteReadings], float]]] = {
-    "input": ("input drive", lambda site: site.input_drive),
-    "output": ("output rms", lambda site: site.output_rms),
+    "input": ("input drive", lambda site: site.input_drive or 0.0),
+    "output": ("output rms", lambda site: site.output_rms or 0.0),
 }
 
 

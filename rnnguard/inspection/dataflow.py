@@ -20,7 +20,12 @@ BLANKS = {"zeros_like", "new_zeros", "ones_like", "new_ones", "full_like", "new_
 
 def is_normalized(call: NativeCall) -> bool:
     """Whether a normalisation already reads the recurrence's output."""
-    pending = [part for part in call.node.users if part.meta.get("part") == 0]
+    return is_normalized_behind([part for part in call.node.users if part.meta.get("part") == 0])
+
+
+def is_normalized_behind(outputs: list[fx.Node]) -> bool:
+    """Whether a normalisation reads one of the values."""
+    pending = outputs
     for _ in range(8):
         users = [user for node in pending for user in node.users]
         if any(user.meta.get("name") in _NORMS for user in users):

@@ -7,6 +7,7 @@ initialisation; whatever is unsure counts as trained.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,28 @@ def looks_untrained(module: nn.Module) -> bool:
         _weights_look_untrained(weights_of(module, layer, direction), GATES[cell])
         for layer, direction in recurrences(module)
     )
+
+
+def look_untrained(recurrent: Sequence[Tensor], beside: Sequence[Tensor]) -> bool:
+    """Whether the recurrent weights of a hand-written cell match a known initialisation.
+
+    `beside` are all parameters of its module: the matrices tell how wide the layers are that
+    the biases belong to.
+    """
+    matrices = [p for p in (*recurrent, *beside) if p.dim() > 1]
+    fans = {size for matrix in matrices for size in matrix.shape}
+    biases = [p.detach().double() for p in beside if p.dim() == 1]
+    sound = [p.detach().double() for p in recurrent]
+    return all(_known(b, fans) for b in biases) and all(
+        _known(m, fans)
+        or (m.dim() == 2 and any(_is_orthogonal(m, k) for k in (1, 2, 3, 4)))
+        or _is_normal(m)
+        for m in sound
+    )
+
+
+def _known(tensor: Tensor, fans: set[int]) -> bool:
+    return _is_constant(tensor) or any(_is_uniform(tensor, fan, 1) for fan in fans)
 
 
 def _weights_look_untrained(weights: Weights, gates: Gates) -> bool:

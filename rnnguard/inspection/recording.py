@@ -7,12 +7,8 @@ passes, the module it ran in and the user's file:line.
 
 from __future__ import annotations
 
-import inspect
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,54 +16,66 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-import rnnguard
-from rnnguard.inspection.gates import is_recurrent
+from rnnguard.inspection.caller import caller
 from rnnguard.inspection.native import NATIVE, NativeCall, native_call
 
-_TORCH, _OURS = (str(Path(str(m.__file__)).parent) + os.sep for m in (torch, rnnguard))
-# Parts of the package that hold modules of their own, as a user's files do.
-_MODULES_OF_OURS = (f"{_OURS}nn{os.sep}", f"{_OURS}demo.py")
-
-
+_INTERNAL = frozenset(vars(nn.Module()))
 _FARTHEST = 4096  # backward steps that an unseen call may consist of
 
 
 @dataclass
 class Recording:
-    """The graph of one run, its native recurrent calls in order, and what the run gave."""
+    """The graph of one run, its native recurrent calls in order, and what the run gave.
+
+    `kept` are the values of the run that the model still holds on attributes or in buffers.
+    """
 
     graph: fx.Graph
     order: dict[fx.Node, int] = field(default_factory=dict)
     calls: list[NativeCall] = field(default_factory=list)
     result: Any = None
+    kept: dict[fx.Node, Tensor] = field(default_factory=dict)
 
 
-def record(run: Callable[[], Any], model: nn.Module, inputs: Any = ()) -> Recording:
+def record(
+    run: Callable[[], Any], model: nn.Module, inputs: Any = (), kept: Iterable[Tensor] = ()
+) -> Recording:
     """Runs `run` once and gives the graph of every torch call that it made.
 
-    `inputs` are the tensors that become placeholders. Exceptions of `run` pass through.
+    `inputs` are the tensors that become placeholders, and those `kept` from an earlier run are
+    told apart from other constants. Exceptions of `run` pass through.
     """
-    recorder = _Recorder(model, inputs)
+    recorder = _Recorder(model, inputs, kept)
     with recorder:
         recorder.recording.result = run()
-    recorder.close()
+    recorder.close(_held_by(model))
     return recorder.recording
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, kept: Iterable[Tensor]) -> None:
         super().__init__()
         self.recording = Recording(fx.Graph())
         self._names = _tensor_names(model)
         self._modules = {id(module): path for path, module in model.named_modules()}
         # The tensor is kept beside its node, so that no id is used twice during the run.
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}
-        self._backward: dict[Node, fx.Node] = {}
+        self._backward: dict[tuple[Node, int], fx.Node] = {}
         for position, tensor in enumerate(tensors_in(inputs)):
-            self._remember(tensor, self._count(self.recording.graph.placeholder(f"in{position}")))
+            node = self._count(self.recording.graph.placeholder(f"in{position}"))
+            node.meta["shape"] = tuple(tensor.shape)
+            self._remember(tensor, node)
+        for position, tensor in enumerate(kept):
+            node = self._count(self.recording.graph.get_attr(f"kept{position}"))
+            node.meta.update(name="kept", shape=tuple(tensor.shape), trainable=False)
+            self._remember(tensor, node)
 
-    def close(self) -> None:
+    def close(self, held: Iterable[Tensor]) -> None:
         """Ends the graph with the run's output and lets go of the tensors."""
+        for tensor in held:
+            known = self._nodes.get(id(tensor))
+            if known is not None and known[1].op == "call_function":
+                self.recording.kept[known[1]] = tensor
         outputs = [self._node_of(t) for t in tensors_in(self.recording.result)]
         self._count(self.recording.graph.output(tuple(outputs)))
         self._nodes.clear()
@@ -104,9 +112,11 @@ class _Recorder(TorchFunctionMode):
         node = self.recording.graph.call_function(func, mapped[0], mapped[1])
         order = self._count(node).meta["order"]
         name = _name(func)
-        owner, module, location = self._where()
-        node.meta.update(name=name, module=owner, location=location)
-        node.meta["shape"] = tuple(given[0].shape) if given else ()
+        by = caller(self._modules)
+        node.meta.update(name=name, module=by.owner, location=by.location, spot=by.spot)
+        shaped = given or [a for a in args[:1] if isinstance(a, Tensor)]
+        node.meta["shape"] = tuple(shaped[0].shape) if shaped else ()
+        node.meta["real"] = any(map(_is_real, given))
         if isinstance(result, tuple | list):
             for position, item in enumerate(result):
                 if isinstance(item, Tensor):
@@ -115,8 +125,20 @@ class _Recorder(TorchFunctionMode):
             self._remember(given[0], node)
         if writes and args and isinstance(args[0], Tensor):
             self._remember(args[0], node)
+            self._carry_to_base(args[0], node)
         if name in NATIVE:
-            self.recording.calls.append(native_call(node, order, name, module, args, location))
+            call = native_call(node, order, name, by.module, args, by.location)
+            self.recording.calls.append(call)
+
+    def _carry_to_base(self, view: Tensor, node: fx.Node) -> None:
+        """What is written into a view stands in the tensor that it looks into."""
+        base = view._base
+        if base is None or id(base) not in self._nodes:
+            return
+        whole = self.recording.graph.call_function(_written, (self._nodes[id(base)][1], node))
+        self._count(whole).meta.update(node.meta, name="written", order=whole.meta["order"])
+        whole.meta["shape"] = tuple(base.shape)
+        self._remember(base, whole)
 
     def _part(self, node: fx.Node, position: int, item: Tensor) -> fx.Node:
         part = self._count(self.recording.graph.call_function(_item, (node, position)))
@@ -130,26 +152,25 @@ class _Recorder(TorchFunctionMode):
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = (tensor, node)
-        node.meta["real"] = tensor.is_floating_point() or tensor.is_complex()
+        node.meta.update(shape=tuple(tensor.shape), real=_is_real(tensor))
+        node.meta.update(dtype=tensor.dtype, device=tensor.device)
         if tensor.grad_fn is not None:
             # The place in the autograd graph outlives in-place changes of the tensor.
             node.meta["edge"] = get_gradient_edge(tensor)
-            self._backward[node.meta["edge"].node] = node
+            self._backward[node.meta["edge"][:2]] = node
 
     def _node_of(self, tensor: Tensor) -> fx.Node:
         known = self._nodes.get(id(tensor))
-        if known is not None:
-            _, node = known
-            if tensor.grad_fn is not None and "edge" not in node.meta:
-                # Made without gradient inside a custom function, which gave it one.
-                node.meta["grad"] = True
-                self._remember(tensor, node)
-            return node
+        # What a custom function made inside, without gradient, has one when it comes out.
+        came_out = known is not None and tensor.grad_fn is not None and "edge" not in known[1].meta
+        if known is not None and not came_out:
+            return known[1]
         node = self._unseen(tensor) if tensor.grad_fn is not None else None
         if node is None:
             name = self._names.get(id(tensor), "constant")
             node = self._count(self.recording.graph.get_attr(name))
             node.meta.update(name="parameter" if id(tensor) in self._names else "constant")
+            node.meta["trainable"] = tensor.requires_grad
         node.meta["shape"] = tuple(tensor.shape)
         self._remember(tensor, node)
         return node
@@ -159,24 +180,30 @@ class _Recorder(TorchFunctionMode):
 
         Scripted functions and custom autograd functions do not pass through the mode.
         """
-        pending, seen, sources = [tensor.grad_fn], set[Any](), dict[fx.Node, None]()
+        pending: list[tuple[Any, int]] = [get_gradient_edge(tensor)[:2]]
+        seen, sources = set[Any](), dict[fx.Node, None]()
         while pending and len(seen) < _FARTHEST:
-            step = pending.pop()
-            if step is None or step in seen:
+            place = pending.pop()
+            step = place[0]
+            if step is None or place in seen:
                 continue
-            seen.add(step)
+            seen.add(place)
             leaf = getattr(step, "variable", None)
-            if step in self._backward:
-                sources[self._backward[step]] = None
+            if place in self._backward:
+                sources[self._backward[place]] = None
             elif isinstance(leaf, Tensor):
                 sources[self._node_of(leaf)] = None
             else:
-                pending += [following for following, _ in step.next_functions]
+                pending += step.next_functions
         if not sources:
             return None
         node = self._count(self.recording.graph.call_function(_unrecorded, tuple(sources)))
-        owner, module, location = self._where()
-        node.meta.update(name="unrecorded", module=owner, location=location)
+        # Nearer to the call than the place that happens to read its result first.
+        latest = max(sources, key=lambda source: self.recording.order[source])
+        by = caller(self._modules)
+        known = {"module": by.owner, "location": by.location, "spot": by.spot}
+        node.meta.update({key: latest.meta.get(key, value) for key, value in known.items()})
+        node.meta["name"] = "unrecorded"
         return node
 
     def _map(self, value: Any) -> Any:
@@ -193,43 +220,17 @@ class _Recorder(TorchFunctionMode):
         simple = (int, float, complex, bool, str, type(None), type(...), torch.dtype, torch.device)
         return value if isinstance(value, simple) else f"<{type(value).__name__}>"
 
-    def _where(self) -> tuple[str | None, nn.Module | None, str | None]:
-        """The innermost known module's path, the recurrent module, and the user's file:line."""
-        owner: str | None = None
-        module: nn.Module | None = None
-        location: str | None = None
-        for frame in _frames():
-            holder = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
-            if isinstance(holder, nn.Module):
-                if owner is None:
-                    owner = self._modules.get(id(holder))
-                if module is None and is_recurrent(holder):
-                    module = holder
-            file = frame.f_code.co_filename
-            if file.startswith(_OURS) and not file.startswith(_MODULES_OF_OURS):
-                break  # from here outwards it is the caller of rnnguard, not the model
-            if location is None and not file.startswith((_TORCH, _MODULES_OF_OURS[0])):
-                location = f"{file}:{frame.f_lineno}"
-            if location is not None and owner is not None:
-                break
-        return owner, module, location
 
-
-def _frames() -> Iterator[FrameType]:
-    """The frames of the running code from the torch call outwards, without the recorder's own."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename in (__file__, *_OWN_FRAMES):
-        frame = frame.f_back
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-_OWN_FRAMES = (str(Path(torch.overrides.__file__)),)
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _item(parts: Any, position: int) -> Any:
     return parts[position]
+
+
+def _written(whole: Any, part: Any) -> Any:
+    raise NotImplementedError("stands for a tensor that one of its views was written into")
 
 
 def _unrecorded(*sources: Any) -> Any:
@@ -259,6 +260,14 @@ def _may_give_tensors(func: Callable[..., Any]) -> bool:
 def _tensor_names(model: nn.Module) -> dict[int, str]:
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     return {id(tensor): name for name, tensor in reversed(named)}
+
+
+def _held_by(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors in buffers and on plain attributes of the model's modules."""
+    for module in model.modules():
+        yield from (buffer for buffer in module.buffers(recurse=False))
+        own = (value for name, value in vars(module).items() if name not in _INTERNAL)
+        yield from tensors_in(list(own))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.functional import pad
 
 from rnnguard.inspection.arguments import steps_of
 from rnnguard.inspection.dataflow import is_normalized, is_residual, link
 from rnnguard.inspection.gates import cell_of, is_recurrent, is_single_step, recurrences, weights_of
 from rnnguard.inspection.native import NativeCall
-from rnnguard.inspection.readout import readout_of
+from rnnguard.inspection.pathways import is_bypassed, real_lengths, results_of
+from rnnguard.inspection.readout import picks_own_ends, readout_of, source_of_calls
 from rnnguard.inspection.recording import Recording
-from rnnguard.records import Readout, Site
+from rnnguard.inspection.written import relative
+from rnnguard.measurements import Site
+from rnnguard.records import Readout
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class FoundSite:
     record: Site
     module: nn.Module
     input: SiteInput
+    calls: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,17 @@ def recurrent_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {p: m for p, m in model.named_modules() if is_recurrent(m) and cell_of(m) is not None}
 
 
-def find_sites(model: nn.Module, recording: Recording) -> list[FoundSite]:
-    """The sites whose native calls were recorded, in the order of their first call."""
+def find_sites(
+    model: nn.Module, recording: Recording, rounds: Collection[fx.Node] = ()
+) -> list[FoundSite]:
+    """The sites whose native calls were recorded, in the order of their first call.
+
+    `rounds` are cell calls that are known to be no steps of time.
+    """
     groups: dict[int, list[NativeCall]] = {}
     for call in recording.calls:
+        if call.node in rounds:
+            continue
         module = call.module if call.module is not None else _owner(model, call)
         if module is not None and cell_of(module) is not None:
             groups.setdefault(id(module), []).append(call)
@@ -105,7 +116,14 @@ def _site(module: nn.Module, paths: list[str], calls: list[NativeCall]) -> Found
     cell = cell_of(module)
     assert cell is not None
     first = weights_of(module, *recurrences(module)[0])
-    readout = readout_of(chain.calls)
+    source = source_of_calls(chain.calls)
+    readout, picked = readout_of(source), picks_own_ends(source)
+    lengths = real_lengths(given.x, given.lengths)
+    padded = 1 - float(lengths.sum()) / max(1, int(given.lengths.sum()))
+    if picked or readout not in ("last_step", "final_state"):
+        # Where the last step is read whatever it is, the gradient does pass the padding.
+        given = replace(given, lengths=lengths)
+    nodes = results_of(call.node for call in calls)
     record = Site(
         path=paths[0],
         aliases=tuple(paths[1:]),
@@ -128,15 +146,12 @@ def _site(module: nn.Module, paths: list[str], calls: list[NativeCall]) -> Found
         readout=readout,
         normalized=is_normalized(chain.calls[-1]),
         residual=is_residual(chain.calls[0]),
-        location=_relative(chain.calls[0].location),
+        location=relative(chain.calls[0].location),
+        bypass=is_bypassed(chain.calls[0].node.graph, nodes, int(given.lengths.max()), readout),
+        padded=padded,
+        picked=picked,
     )
-    return FoundSite(record, module, given)
-
-
-def _relative(location: str | None) -> str | None:
-    """file:line below the working folder as a relative path, so that reports compare."""
-    here = os.getcwd() + os.sep
-    return location.removeprefix(here) if location else None
+    return FoundSite(record, module, given, frozenset(call.node for call in calls))
 
 
 def _chains(calls: list[NativeCall]) -> list[_Chain]:

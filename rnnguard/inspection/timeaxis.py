@@ -23,7 +23,8 @@ class Held:
 
     Without an axis it holds a single step, or several mixed. Where time and samples share an
     axis, `inner` counts the places inside one step. `halves` are the features left of two
-    directions taken apart; `blurred` steps have seen the others.
+    directions taken apart; `blurred` steps have seen the others; `picked` ones were chosen by
+    a tensor, as by the lengths.
     """
 
     steps: tuple[int, ...]
@@ -32,6 +33,7 @@ class Held:
     halves: frozenset[int] = _WHOLE_OUTPUT
     state: bool = False
     blurred: bool = False
+    picked: bool = False
 
     @property
     def known(self) -> set[int]:
@@ -153,7 +155,7 @@ def _selected(held: Held, chosen: Any, own: list[Any], axis: int, after: Shape) 
     others = [e for i, e in enumerate(own) if i != held.axis and not isinstance(e, slice | int)]
     alone = isinstance(chosen, fx.Node) and not chosen.meta.get("shape", ())
     if others or alone or axis >= len(after):
-        return held.taken(held.steps[-1:], None)
+        return replace(held.taken(held.steps[-1:], None), picked=True)
     if isinstance(chosen, list) and all(isinstance(i, int) for i in chosen):
         return held.taken(tuple(held.steps[i] for i in chosen), axis)
     return held.taken(held.steps[-after[axis] :], axis)
@@ -217,7 +219,8 @@ def joined(parts: list[Held], scalar: bool = False) -> Held:
         return replace(loose, halves=halves, blurred=blurred)
     steps = tuple(dict.fromkeys(step for part in parts for step in part.steps))
     axis = parts[0].axis if len({part.axis for part in parts}) == 1 else None
-    held = Held(steps, axis, 1, halves, state, any(part.blurred for part in parts))
+    blurred, picked = any(p.blurred for p in parts), any(p.picked for p in parts)
+    held = Held(steps, axis, 1, halves, state, blurred, picked)
     if len(held.known) > 1:
         return replace(held, axis=ANYWHERE if scalar else None)
     return held

@@ -1,58 +1,29 @@
-"""Everything mutable that hangs on a model or an optimizer, however deep.
-
-States live on attributes, in nested lists, in dicts, on plain helper objects; what a run
-may change in place must be found wherever it is held.
-"""
+"""How each mutable object that a model holds is given back, and what tells that it is the same."""
 
 from __future__ import annotations
 
+import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import CellType
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils.data import DataLoader, Dataset
 
-# Code is not state; data sets are read, not written, and may be larger than memory.
-_LEFT_OUT = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, DataLoader, Dataset)
+from rnnguard.probe.reachable import RANDOM, contents_of, is_leaf
 
-
-def mutables(*roots: object) -> Iterator[Any]:
-    """Each mutable object that can be reached from the roots, once, owners before held."""
-    pending, seen = deque(roots), set[int]()
-    while pending:
-        held = pending.popleft()
-        if id(held) in seen or isinstance(held, _LEFT_OUT):
-            continue
-        seen.add(id(held))
-        if isinstance(held, tuple):
-            pending.extend(held)
-        elif isinstance(held, dict):
-            yield held
-            pending.extend(held.values())
-        elif isinstance(held, list | set | deque):
-            yield held
-            pending.extend(held)
-        elif isinstance(held, Tensor):
-            yield held
-            if _is_leaf(held) and held.grad is not None:
-                pending.append(held.grad)
-        elif isinstance(held, numpy.ndarray | torch.Generator):
-            yield held
-        elif isinstance(getattr(held, "__dict__", None), dict):
-            yield held
-            pending.append(vars(held))
+_EMPTY: Mapping[Any, Any] = {}
 
 
 def keeper(held: Any) -> Callable[[], None]:
     """What gives the object its present content back, in place."""
     if isinstance(held, dict):
-        return _dict_keeper(held)
+        # Most dicts of a module are empty, and there are many.
+        return partial(_refill, held, dict(held) if held else _EMPTY)
     if isinstance(held, list | deque):
         return _sequence_keeper(held)
     if isinstance(held, set):
@@ -61,8 +32,10 @@ def keeper(held: Any) -> Callable[[], None]:
         return _tensor_keeper(held)
     if isinstance(held, numpy.ndarray):
         return partial(held.__setitem__, ..., held.copy())
-    if isinstance(held, torch.Generator):
-        return partial(_set_state, held, held.get_state())
+    if isinstance(held, RANDOM):
+        return partial(_set_state, held, _state(held))
+    if isinstance(held, CellType):
+        return _cell_keeper(held)
     return _nothing
 
 
@@ -70,8 +43,31 @@ def _nothing() -> None:
     """Plain objects hold all they have in their dict, which is kept by itself."""
 
 
-def _set_state(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)
+def _state(generator: Any) -> Any:
+    if isinstance(generator, numpy.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, numpy.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _cell_keeper(cell: CellType) -> Callable[[], None]:
+    content = contents_of(cell)
+
+    def restore() -> None:
+        if content and not _same(contents_of(cell), content):
+            cell.cell_contents = content[0]
+        elif not content and contents_of(cell):
+            del cell.cell_contents
+
+    return restore
 
 
 def _sequence_keeper(held: list[Any] | deque[Any]) -> Callable[[], None]:
@@ -96,24 +92,20 @@ def _set_keeper(held: set[Any]) -> Callable[[], None]:
     return restore
 
 
-def _same(held: Any, items: list[Any]) -> bool:
+def _same(held: Any, items: Any) -> bool:
     return len(held) == len(items) and all(a is b for a, b in zip(held, items, strict=True))
 
 
-def _dict_keeper(held: dict[Any, Any]) -> Callable[[], None]:
-    items = dict(held)
-
-    def restore() -> None:
-        if list(held) == list(items) and all(held[key] is items[key] for key in items):
-            return
-        held.clear()
-        held.update(items)
-
-    return restore
+def _refill(held: dict[Any, Any], items: Mapping[Any, Any]) -> None:
+    # Tensors are keys in an optimizer's state, and have no plain equality.
+    if _same(held, items) and _same(held.values(), items.values()):
+        return
+    held.clear()
+    held.update(items)
 
 
 def _tensor_keeper(tensor: Tensor) -> Callable[[], None]:
-    leaf = _is_leaf(tensor)
+    leaf = is_leaf(tensor)
     grad, requires_grad = (tensor.grad, tensor.requires_grad) if leaf else (None, False)
     values = tensor.detach().clone() if has_bits(tensor) else None
 
@@ -127,10 +119,6 @@ def _tensor_keeper(tensor: Tensor) -> Callable[[], None]:
                 tensor.copy_(values)
 
     return restore
-
-
-def _is_leaf(tensor: Tensor) -> bool:
-    return not isinstance(tensor, UninitializedParameter | UninitializedBuffer) and tensor.is_leaf
 
 
 def has_bits(tensor: Tensor) -> bool:
@@ -161,7 +149,7 @@ def fact(held: Any) -> Iterator[bytes]:
     elif isinstance(held, set):
         yield " ".join(sorted(map(_word, held))).encode()
     elif isinstance(held, Tensor):
-        if _is_leaf(held):
+        if is_leaf(held):
             yield f"{held.requires_grad} {id(held.grad)}".encode()
         if has_bits(held):
             yield _bits(held).cpu().numpy().tobytes()
@@ -169,6 +157,10 @@ def fact(held: Any) -> Iterator[bytes]:
         yield held.tobytes()
     elif isinstance(held, torch.Generator):
         yield held.get_state().numpy().tobytes()
+    elif isinstance(held, RANDOM):
+        yield repr(_state(held)).encode()
+    elif isinstance(held, CellType):
+        yield " ".join(map(_word, contents_of(held))).encode()
 
 
 def _word(value: Any) -> str:

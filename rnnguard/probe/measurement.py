@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from rnnguard.inspection.provenance import looks_untrained
+from rnnguard.inspection.loops import Loop, find_loops
+from rnnguard.inspection.provenance import look_untrained, looks_untrained
 from rnnguard.inspection.recording import Recording, record, tensors_in
 from rnnguard.inspection.sites import (
     FoundSite,
@@ -18,12 +20,17 @@ from rnnguard.inspection.sites import (
     find_sites,
     unregistered_calls,
 )
-from rnnguard.probe.demand import memory_demand
+from rnnguard.inspection.written import WrittenSite, rounds, written_sites
+from rnnguard.measurements import Measurement, RunReadings, Site, SiteReadings
+from rnnguard.probe.backflow import Backflow
+from rnnguard.probe.carryover import carried_over, kept_tensors
+from rnnguard.probe.demand import demand_of
 from rnnguard.probe.gradients import Gradients, gradient_norms
-from rnnguard.probe.readings import measure_site, memory_needed
+from rnnguard.probe.readings import Memory, measure_site, memory_needed
 from rnnguard.probe.snapshot import untouched
 from rnnguard.probe.subject import Subject
-from rnnguard.records import Measurement, OptimizerKind, RunReadings, SiteReadings
+from rnnguard.probe.written_readings import measure_written, with_backflow
+from rnnguard.records import OptimizerKind
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class Look:
     """A measurement together with the sites that it was taken at."""
 
     measurement: Measurement
-    sites: tuple[FoundSite, ...]
+    sites: tuple[FoundSite | WrittenSite, ...]
+    rounds: tuple[Loop, ...]
     unregistered: tuple[str, ...]
     signature: tuple[Any, ...]
 
@@ -43,15 +51,42 @@ def measure(subject: Subject) -> Look:
     with untouched(model, optimizer=subject.optimizer):
         torch.manual_seed(subject.seed)
         recording = _recorded(subject, subject.largest)
-        found = tuple(find_sites(model, recording))
+        loops = find_loops(recording.graph)
+        native = find_sites(model, recording, _cells_in(rounds(loops)))
+        known = {call for site in native for call in site.calls}
+        written = [with_backflow(site) for site in written_sites(model, loops, known)]
         unregistered = tuple(unregistered_calls(model, recording))
         # Inside, since some models make their recurrent weights anew in every forward.
-        sites = tuple(_measured(subject, site) for site in found)
+        sites = [_measured(subject, site) for site in native]
+        sites += [_measured_written(subject, site, flow) for site, flow in written]
+        sites, graph_kept = _with_carryover(subject, recording, sites)
         torch.manual_seed(subject.seed)
         gradients = gradient_norms(model, batches, subject.seed)
     run = run_readings(subject, gradients, time.perf_counter() - started)
+    run = run.model_copy(update={"graph_kept": graph_kept})
     signature = tuple(_form(tensor) for tensor in tensors_in(recording.result))
-    return Look(Measurement(run=run, sites=sites), found, unregistered, signature)
+    measurement = Measurement(run=run, sites=tuple(sites))
+    found: tuple[FoundSite | WrittenSite, ...] = (*native, *(site for site, _ in written))
+    return Look(measurement, found, tuple(rounds(loops)), unregistered, signature)
+
+
+def _with_carryover(
+    subject: Subject, recording: Recording, sites: list[SiteReadings]
+) -> tuple[list[SiteReadings], bool]:
+    """The sites that go on from the state of the batch before, and whether its graph is kept."""
+    kept = kept_tensors(recording)
+    if not kept:
+        return sites, False
+    again = _recorded(subject, subject.largest, kept)
+    carried = carried_over(subject.model, again)
+    names = {str(node.target) for nodes in carried.values() for node in nodes}
+    with_graph = {f"kept{i}" for i, tensor in enumerate(kept) if tensor.grad_fn is not None}
+    told = [site.model_copy(update={"carried_over": site.path in carried}) for site in sites]
+    return told, not names.isdisjoint(with_graph)
+
+
+def _cells_in(loops: Iterable[Loop]) -> set[fx.Node]:
+    return {call for loop in loops for call in loop.native}
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
@@ -61,17 +96,32 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _measured(subject: Subject, site: FoundSite) -> SiteReadings:
-    demand = subject.demands.get(site.record.path)
-    memory = memory_needed(site, subject.memory, demand, subject.real_length)
-    return measure_site(site, memory, seed=subject.seed, trained=_is_trained(subject, site))
+    own = list(site.module.parameters(recurse=False))
+    trained = _is_trained(subject, site.record, own, lambda: looks_untrained(site.module))
+    return measure_site(site, _memory(subject, site.record), seed=subject.seed, trained=trained)
 
 
-def _is_trained(subject: Subject, site: FoundSite) -> bool:
+def _measured_written(subject: Subject, site: WrittenSite, flow: Backflow) -> SiteReadings:
+    named = dict(subject.model.named_parameters())
+    own = [named[name] for name in site.record.weights if name in named]
+    beside = list(site.module.parameters())
+    trained = _is_trained(subject, site.record, own, lambda: look_untrained(own, beside))
+    memory = _memory(subject, site.record)
+    return measure_written(site, flow, memory, seed=subject.seed, trained=trained)
+
+
+def _memory(subject: Subject, site: Site) -> Memory:
+    demand = subject.demands.get(site.path)
+    return memory_needed(site, subject.memory, demand, subject.real_length)
+
+
+def _is_trained(
+    subject: Subject, site: Site, own: list[nn.Parameter], untrained: Callable[[], bool]
+) -> bool:
     """As found at the first look, since remedies must not change the answer; else looked up."""
-    known = subject.trained.get(site.record.path)
+    known = subject.trained.get(site.path)
     if known is not None:
         return known
-    own = list(site.module.parameters(recurse=False))
     # Frozen weights, and those of another optimizer, are as their owner wants them.
     if any(not parameter.requires_grad for parameter in own):
         return True
@@ -79,7 +129,7 @@ def _is_trained(subject: Subject, site: FoundSite) -> bool:
         held = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
         if any(id(p) not in held for p in own) or _has_stepped(subject.optimizer):
             return True
-    return not looks_untrained(site.module)
+    return not untrained()
 
 
 def _has_stepped(optimizer: Optimizer) -> bool:
@@ -98,11 +148,13 @@ def with_demands(subject: Subject) -> Subject:
     with untouched(subject.model, optimizer=subject.optimizer):
         for index in range(len(targets)):
             torch.manual_seed(subject.seed)
-            for site in find_sites(subject.model, _recorded(subject, index)):
+            recording = _recorded(subject, index)
+            timeless = _cells_in(rounds(find_loops(recording.graph)))
+            for site in find_sites(subject.model, recording, timeless):
                 if _reads_last_step(site) and site.input.x.shape[1] == len(targets[index]):
                     given.setdefault(site.record.path, []).append(site.input)
     found = {
-        path: memory_demand([p.x for p in parts], [p.lengths for p in parts], targets, subject.seed)
+        path: demand_of([p.x for p in parts], [p.lengths for p in parts], targets, subject.seed)
         for path, parts in given.items()
         if len(parts) == len(targets)
     }
@@ -114,11 +166,11 @@ def _reads_last_step(site: FoundSite) -> bool:
     return site.record.readout in ("last_step", "final_state") and not site.record.bidirectional
 
 
-def _recorded(subject: Subject, index: int) -> Recording:
+def _recorded(subject: Subject, index: int, kept: Iterable[Tensor] = ()) -> Recording:
     batches, model = subject.batches, subject.model
     batch = batches.batches[index]
     inputs = batch.raw if batches.step is not None else (batch.args, batch.kwargs)
-    return record(lambda: batches.forward(model, batch), model, inputs)
+    return record(lambda: batches.forward(model, batch), model, inputs, kept)
 
 
 def run_readings(subject: Subject, gradients: Gradients, seconds: float) -> RunReadings:

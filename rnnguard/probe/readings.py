@@ -11,11 +11,12 @@ from torch import Tensor
 from rnnguard.inspection.gates import GATES, gate_bias, recurrent_block
 from rnnguard.inspection.provenance import is_orthogonal_across_gates
 from rnnguard.inspection.sites import FoundSite
+from rnnguard.measurements import LayerReadings, Site, SiteReadings
 from rnnguard.probe.demand import Demand
 from rnnguard.probe.exponents import exponents
-from rnnguard.probe.retention_curve import SILENCE, effective_length, log10_retention
-from rnnguard.probe.trajectory import LayerTrajectory, trajectories
-from rnnguard.records import LayerReadings, MemorySource, SiteReadings
+from rnnguard.probe.retention_curve import RetentionCurve, log10_retention, weakest_direction
+from rnnguard.probe.trajectory import LayerTrajectory, trajectories, within_memory
+from rnnguard.records import MemorySource
 
 VECTORS = 8
 EXPONENTS = 4
@@ -32,31 +33,49 @@ class Memory:
 
 
 def memory_needed(
-    found: FoundSite, declared: int | None, demand: Demand | None, real_length: bool
+    site: Site, declared: int | None, demand: Demand | None, real_length: bool
 ) -> Memory:
     """The user's figure, else the data's, else the sequence length as bound, else unknown.
 
-    The length bounds nothing when every step is read out (short lags may carry the
-    loss) or when the length was made up.
+    The length bounds nothing when every step is read out or pooled (each is one hop from the
+    loss, and short lags may carry it) or when the length was made up.
     """
     concentration = None if demand is None else demand.concentration
     if declared is not None:
         return Memory(declared, "declared", concentration)
     if demand is not None:
         return Memory(demand.steps, "estimated", concentration)
-    if not real_length or found.record.readout == "all_steps":
+    if not real_length or site.readout in ("all_steps", "pooled"):
         return Memory(None, "unknown")
-    return Memory(found.record.steps, "assumed")
+    return Memory(site.steps, "assumed")
 
 
 @torch.no_grad()
 def measure_site(found: FoundSite, memory: Memory, *, seed: int, trained: bool) -> SiteReadings:
-    """All readings of one site, its level not yet judged."""
-    sequences = 8 if found.record.hidden_size <= 256 else 4
+    """All readings of one site, its level not yet judged.
+
+    Of half as many sequences, with a MemoryWarning, while memory runs out.
+    """
+    wanted = 8 if found.record.hidden_size <= 256 else 4
+    x = found.input.x
+
+    def measure(sequences: int) -> SiteReadings:
+        return _measured(found, memory, seed, trained, sequences)
+
+    # In the caller's autocast the steps would run in half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return within_memory(measure, min(wanted, x.shape[1]))[0]
+
+
+def _measured(
+    found: FoundSite, memory: Memory, seed: int, trained: bool, sequences: int
+) -> SiteReadings:
     runs = trajectories(found.module, found.input, sequences=sequences, longest=LONGEST)
-    layers = tuple(_measure_layer(found, run, seed) for run in runs)
-    leading = _weakest_direction(layers, memory)
-    curve = _best_of(layers, leading)
+    measured = [_measure_layer(found, run, seed) for run in runs]
+    layers, curves = tuple(layer for layer, _ in measured), [curve for _, curve in measured]
+    ways = [run.direction for run in runs]
+    lag = runs[0].trajectory.steps if memory.steps is None else memory.steps
+    leading, curve = weakest_direction(list(zip(ways, curves, strict=True)), lag)
     growing = max(layers, key=lambda layer: layer.exponents[0].value)
     own = [layer for layer in layers if layer.direction == leading]
     slowest = max(own, key=lambda layer: layer.exponents[0].value)
@@ -72,17 +91,22 @@ def measure_site(found: FoundSite, memory: Memory, *, seed: int, trained: bool) 
     return SiteReadings(
         **shared,
         exponents=shown.exponents,
-        retention=curve,
+        retention=curve.log10,
+        retention_stderr=curve.stderr,
         layer_readings=layers,
         decay_per_step=math.exp(shown.exponents[0].value),
         expansive=expansive,
         growth=max(layer.growth for layer in layers),
         growth_over_window=first.value * site.window,
-        effective_length=effective_length(list(curve)),
+        effective_length=curve.effective_length(),
+        effective_length_interval=curve.effective_length_interval(),
         memory_needed=memory.steps,
         memory_source=memory.source,
         lag_concentration=memory.lag_concentration,
-        retention_at_memory=_at(curve, memory.steps),
+        retention_at_memory=None if memory.steps is None else curve.at(memory.steps),
+        retention_at_memory_interval=(
+            None if memory.steps is None else curve.interval_at(memory.steps)
+        ),
         spectral_radius=max(layer.spectral_radius for layer in layers),
         whole_matrix_orthogonal=any(
             is_orthogonal_across_gates(r.trajectory.weights, len(gates.blocks)) for r in runs
@@ -97,21 +121,25 @@ def measure_site(found: FoundSite, memory: Memory, *, seed: int, trained: bool) 
         output_rms=_seen_by_readout(found, layers[-1].output_rms),
         silent_input=_share_silent(runs[0]) > 0.1,
         trained=trained,
+        keep_gate=gates.gated,
     )
 
 
-def _measure_layer(found: FoundSite, run: LayerTrajectory, seed: int) -> LayerReadings:
+def _measure_layer(
+    found: FoundSite, run: LayerTrajectory, seed: int
+) -> tuple[LayerReadings, RetentionCurve]:
     trajectory = run.trajectory
     generator = torch.Generator().manual_seed(seed)
     curve = log10_retention(trajectory, vectors=VECTORS, generator=generator)
     gates = GATES[trajectory.cell]
     kept = _alive(trajectory.gates[gates.keep], trajectory.lengths) if gates.keep else None
-    return LayerReadings(
+    readings = LayerReadings(
         layer=run.layer,
         direction=run.direction,
         exponents=exponents(trajectory, count=EXPONENTS, generator=generator),
-        retention=tuple(curve),
-        growth=10 ** min(300.0, max(curve)),
+        retention=curve.log10,
+        retention_stderr=curve.stderr,
+        growth=10 ** min(300.0, max(curve.log10)),
         spectral_radius=spectral_radius(
             recurrent_block(trajectory.weights, gates, gates.candidate)
         ),
@@ -120,35 +148,7 @@ def _measure_layer(found: FoundSite, run: LayerTrajectory, seed: int) -> LayerRe
         dead_units=_dead_units(run),
         output_rms=_rms(trajectory.outputs, trajectory.lengths),
     )
-
-
-def _weakest_direction(layers: tuple[LayerReadings, ...], memory: Memory) -> str:
-    """The direction that keeps least: the site's level is the worse one's."""
-    directions = sorted({layer.direction for layer in layers})
-
-    def kept(direction: str) -> float:
-        curve = _best_of(layers, direction)
-        at_memory = _at(curve, memory.steps)
-        return curve[-1] if at_memory is None else at_memory
-
-    return min(directions, key=kept)
-
-
-def _best_of(layers: tuple[LayerReadings, ...], direction: str) -> tuple[float, ...]:
-    """Of stacked layers the one with the longest memory carries the signal at each lag."""
-    curves = [layer.retention for layer in layers if layer.direction == direction]
-    return tuple(max(values) for values in zip(*curves, strict=True))
-
-
-def _at(curve: tuple[float, ...], lag: int | None) -> float | None:
-    """log10 R at the lag; beyond the measured curve along the slope of its second half."""
-    if lag is None:
-        return None
-    if lag < len(curve):
-        return curve[lag]
-    last, half = len(curve) - 1, (len(curve) - 1) // 2
-    slope = (curve[last] - curve[half]) / max(1, last - half)
-    return max(SILENCE, curve[last] + slope * (lag - last))
+    return readings, curve
 
 
 def _least(values: list[float | None]) -> float | None:

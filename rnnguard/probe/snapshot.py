@@ -8,30 +8,58 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rnnguard.probe.holdings import fact, keeper, mutables, same_bits
+from rnnguard.probe.holdings import fact, keeper, same_bits
+from rnnguard.probe.reachable import generators, mutables
 
 __all__ = ["Snapshot", "fingerprint", "same_bits", "untouched"]
 
 
 class Snapshot:
-    """All that model and optimizer hold, and every random state."""
+    """All that model, optimizer and `others` hold, and every random state.
 
-    def __init__(self, model: nn.Module, data: object = None, optimizer: object = None) -> None:
-        self._generators = _generators(data)
+    `others` are what else takes part in a run, such as a scheduler or a GradScaler; tensors in
+    `leaving` are left as they will be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: object = None,
+        optimizer: object = None,
+        others: Iterable[object] = (),
+        leaving: Iterable[Tensor] = (),
+    ) -> None:
+        left = {id(tensor) for tensor in leaving}
+        self._generators = generators(data)
         self._random = _random_state(self._generators)
-        self._keepers = [keeper(held) for held in mutables(model, optimizer)]
+        held = mutables(model, optimizer, *others)
+        self._keepers = [keeper(each) for each in held if id(each) not in left]
 
     def restore(self) -> None:
-        """Puts back what was kept; harmless when nothing has changed."""
+        """Puts back what was kept; harmless when nothing has changed.
+
+        An interrupt from the keyboard waits until all is back.
+        """
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                self._give_back()
+                break
+            except KeyboardInterrupt as caught:
+                interrupt = caught
+        if interrupt is not None:
+            raise interrupt
+
+    def _give_back(self) -> None:
         _restore_random(self._random, self._generators)
         for give_back in self._keepers:
             give_back()
@@ -60,26 +88,20 @@ def untouched(
         snapshot.restore()
 
 
-def fingerprint(model: nn.Module, optimizer: Optimizer | None = None) -> str:
-    """A hash of ids, names, classes, flags, hooks, bitwise values, optimizer and random state."""
+def fingerprint(model: nn.Module, optimizer: Optimizer | None = None, *others: object) -> str:
+    """A hash of ids, names, classes, flags, hooks, bitwise values, optimizer and random state.
+
+    `others` are what else belongs to the run, such as a scheduler or a GradScaler.
+    """
     digest = hashlib.sha256()
     for path, module in model.named_modules(remove_duplicate=False):
         digest.update(f"{path} {id(module)}".encode())
-    for held in mutables(model, optimizer):
+    for held in mutables(model, optimizer, *others):
         for line in fact(held):
             digest.update(line)
     for line in _random_facts():
         digest.update(line)
     return digest.hexdigest()
-
-
-def _generators(data: object) -> list[torch.Generator]:
-    """The generators that a DataLoader and its samplers draw their order from."""
-    batch_sampler = getattr(data, "batch_sampler", None)
-    holders = (data, getattr(data, "sampler", None), batch_sampler,
-               getattr(batch_sampler, "sampler", None))  # fmt: skip
-    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders)}
-    return [g for g in found.values() if isinstance(g, torch.Generator)]
 
 
 def _random_state(generators: list[torch.Generator]) -> tuple[Any, ...]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from rnnguard.errors import RefusedError
 from rnnguard.inspection.gates import Weights, cell_of, recurrences, weights_of
 from rnnguard.inspection.sites import SiteInput
 from rnnguard.probe.steps import Trajectory, run
 from rnnguard.records import Direction
+
+Result = TypeVar("Result")
+
+
+class MemoryWarning(UserWarning):
+    """Memory ran out, so fewer sequences were measured than were given."""
 
 
 @dataclass(frozen=True)
@@ -25,25 +35,32 @@ class LayerTrajectory:
 
 @torch.no_grad()
 def trajectories(
-    module: nn.Module, given: SiteInput, *, sequences: int, longest: int
+    module: nn.Module,
+    given: SiteInput,
+    *,
+    sequences: int,
+    longest: int,
+    device: torch.device | None = None,
 ) -> list[LayerTrajectory]:
     """Every layer and direction over the first sequences and steps, without dropout.
 
-    Runs in float32 or, for float64 modules, in float64; the module is not called.
+    Runs in float32 or, for float64 inputs, in float64; the module is not called. It runs where
+    the inputs are, or on copies of weights and inputs on `device`.
     """
     cell = cell_of(module)
     assert cell is not None
     dtype = torch.float64 if given.x.dtype == torch.float64 else torch.float32
-    lengths = given.lengths[:sequences].clamp_max(longest)
-    x = given.x[: int(lengths.max()), :sequences].to(dtype)
+    place = given.x.device if device is None else device
+    lengths = given.lengths[:sequences].clamp_max(longest).to(place)
+    x = given.x[: int(lengths.max()), :sequences].to(place, dtype)
     done: list[LayerTrajectory] = []
     outputs: list[Tensor] = []
     for index, (layer, direction) in enumerate(recurrences(module)):
         if direction == "forward" and layer > 0:
             x, outputs = torch.cat(outputs, -1), []
-        weights = _as(weights_of(module, layer, direction), dtype)
+        weights = _as(weights_of(module, layer, direction), place, dtype)
         initial = (given.hidden, given.cell_state)
-        state = tuple(s[index, :sequences].to(dtype) for s in initial if s is not None)
+        state = tuple(s[index, :sequences].to(place, dtype) for s in initial if s is not None)
         ordered = x if direction == "forward" else _reversed(x, lengths)
         trajectory = run(cell, weights, ordered, state, lengths)
         done.append(LayerTrajectory(layer, direction, ordered, trajectory))
@@ -52,18 +69,46 @@ def trajectories(
     return done
 
 
-def _as(weights: Weights, dtype: torch.dtype) -> Weights:
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(dtype)
+def within_memory(measure: Callable[[int], Result], sequences: int) -> tuple[Result, str]:
+    """What `measure` gives of so many sequences, or of half as many while memory runs out.
 
-    return replace(
-        weights,
-        ih=weights.ih.detach().to(dtype),
-        hh=weights.hh.detach().to(dtype),
-        bias_ih=cast(weights.bias_ih),
-        bias_hh=cast(weights.bias_hh),
-        hr=cast(weights.hr),
-    )
+    With it a note that says so (also given as a MemoryWarning), or an empty one. Raises
+    RefusedError (RG912) when not even one sequence fits.
+    """
+    count, found = sequences, _tried(measure, sequences)
+    while found is None:
+        if count == 1:
+            cure = "Give shorter sequences, or `device` with more memory."
+            fact = "memory runs out over a single sequence of this length."
+            raise RefusedError.of("RG912", "inputs", fact, cure)
+        count //= 2
+        found = _tried(measure, count)
+    if count == sequences:
+        return found[0], ""
+    note = f"memory ran out: {count} of {sequences} sequences were measured"
+    warnings.warn(note, MemoryWarning, stacklevel=4)
+    return found[0], note
+
+
+def _tried(measure: Callable[[int], Result], count: int) -> tuple[Result] | None:
+    """What `measure` gives, or None when memory ran out; its frames are gone by then."""
+    try:
+        return (measure(count),)
+    except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:
+        # The allocator of the CPU has no error class of its own.
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        return None
+
+
+def _as(weights: Weights, place: torch.device, dtype: torch.dtype) -> Weights:
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(place, dtype)
+
+    ih, hh = weights.ih.detach().to(place, dtype), weights.hh.detach().to(place, dtype)
+    return Weights(ih, hh, cast(weights.bias_ih), cast(weights.bias_hh), cast(weights.hr))
 
 
 def _reversed(x: Tensor, lengths: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from rnnguard.remedies.remedy import Remedy
 from rnnguard.remedies.uniform_gate_bias import UNIFORM_GATE_BIAS
 from rnnguard.remedies.variance_scaling import VARIANCE_SCALING
 from rnnguard.remedies.warmup_cosine import WARMUP_COSINE
+from rnnguard.remedies.written_chrono_bias import WRITTEN_CHRONO_BIAS
+from rnnguard.remedies.written_orthogonal import WRITTEN_ORTHOGONAL
 
 REMEDIES: tuple[Remedy, ...] = (
     CLIP_GRADIENT,
@@ -27,4 +29,6 @@ REMEDIES: tuple[Remedy, ...] = (
     CRITICAL_GAIN,
     VARIANCE_SCALING,
     LAYER_NORM,
+    WRITTEN_ORTHOGONAL,
+    WRITTEN_CHRONO_BIAS,
 )

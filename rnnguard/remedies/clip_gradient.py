@@ -9,7 +9,8 @@ import math
 
 from torch import nn
 
-from rnnguard.records import Dose, RunReadings, SiteReadings
+from rnnguard.measurements import RunReadings, SiteReadings
+from rnnguard.records import Dose
 from rnnguard.remedies.remedy import Remedy
 from rnnguard.rewrite.edit import Edit
 from rnnguard.rewrite.schedule import GuardSettings

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from rnnguard.records import Dose, RunReadings, SiteReadings
+from rnnguard.measurements import RunReadings, SiteReadings
+from rnnguard.records import Dose
 from rnnguard.remedies.remedy import Remedy, each_weights
 from rnnguard.rewrite.edit import Edit
 
@@ -23,6 +24,11 @@ def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dos
     return {"factor": float(f"{factor:.4g}")}
 
 
+def _gentler(dose: Dose) -> Dose:
+    """Half of the way, in logarithms."""
+    return {"factor": float(f"{float(dose['factor'] or 1.0) ** 0.5:.4g}")}
+
+
 def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
     for weights in each_weights(module):
         edit.write_(weights.hh, weights.hh.detach() * float(dose["factor"] or 1.0))
@@ -34,5 +40,6 @@ CRITICAL_GAIN = Remedy(
     summary="Recurrent matrix scaled until the measured leading exponent is about zero.",
     apply=_apply,
     aim="health",
+    gentler=_gentler,
     prescription=_prescribe,
 )

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rnnguard.decision.verification import Aim
 from rnnguard.inspection.gates import GATES, Weights, cell_of, recurrences, weights_of
-from rnnguard.records import Dose, RunReadings, SiteReadings, Tier
+from rnnguard.measurements import RunReadings, SiteReadings
+from rnnguard.records import Dose, Tier
 from rnnguard.rewrite.edit import Edit
 
 Prescribe = Callable[[Dose, SiteReadings | None, RunReadings], Dose | None]
@@ -22,7 +23,9 @@ class Remedy:
     """One cure. `aim` names the reading that must improve; None when no probe can tell.
 
     `prescribe` gives the final dose, or None when the readings show nothing left to do;
-    `apply` works on the site's module, or on the whole model for remedies of the run.
+    `apply` works on the site's module, or on the whole model for remedies of the run and, with
+    `on_model`, for those of hand-written sites, whose dose names the parameters. `gentler`
+    gives a smaller dose than one that was taken back.
     """
 
     name: str
@@ -30,6 +33,8 @@ class Remedy:
     summary: str
     apply: Apply
     aim: Aim | None = None
+    on_model: bool = False
+    gentler: Callable[[Dose], Dose] | None = None
     prescription: Prescribe | None = None
 
     def prescribe(self, wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dose | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rnnguard.records import Dose, RunReadings, SiteReadings
+from rnnguard.measurements import RunReadings, SiteReadings
+from rnnguard.records import Dose
 from rnnguard.remedies.remedy import Remedy, each_weights, seeded, stratified, write_keep_bias_
 from rnnguard.rewrite.edit import Edit
 

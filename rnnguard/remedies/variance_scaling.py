@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rnnguard.inspection.gates import GATES, cell_of
-from rnnguard.records import Cell, Dose, RunReadings, SiteReadings
+from rnnguard.measurements import RunReadings, SiteReadings
+from rnnguard.records import Cell, Dose
 from rnnguard.remedies.remedy import Remedy, each_weights, seeded
 from rnnguard.rewrite.edit import Edit
 
@@ -20,7 +21,7 @@ from rnnguard.rewrite.edit import Edit
 def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dose | None:
     if site is None:
         return None
-    return {"input_rms": max(1.0, site.input_rms), "seed": run.seed}
+    return {"input_rms": max(1.0, site.input_rms or 0.0), "seed": run.seed}
 
 
 def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:

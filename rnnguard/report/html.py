@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 import rnnguard
-from rnnguard.records import Site, SiteReadings
+from rnnguard.measurements import Site, SiteReadings
 from rnnguard.report.figure import EXPLODING, FADING, LOWEST
 from rnnguard.report.words import NO_SITES, closing, dose, place, power, shape
 

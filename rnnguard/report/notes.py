@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rnnguard.decision.diagnosis import audit_finding
 from rnnguard.decision.rulebook import Rulebook
 from rnnguard.errors import Refusal
+from rnnguard.inspection.written import relative
+from rnnguard.measurements import SiteReadings
 from rnnguard.probe.measurement import Look
 from rnnguard.probe.subject import Subject
 from rnnguard.records import Finding
@@ -17,9 +21,16 @@ ORDER = (
 NO_SITE = Refusal(
     "RG003",
     "",
-    "no torch recurrent module or cell was called while the model ran.",
-    "Check that this is the recurrent model; hand-written recurrences are not judged yet.",
+    "no recurrence ran: neither a torch module or cell nor a chain of dependent steps.",
+    "Check that this is the recurrent model, and that its sequences have three steps or more.",
 )
+
+
+_ROUNDS = {
+    "iterations": "no step takes new input, so these are iterations and not time; not judged.",
+    "fixed": "its weights are fixed, as in a reservoir, and need no gradient; not judged.",
+    "tree": "its runs merge as in a tree or a grid and not along time; not judged.",
+}
 
 
 def audit_findings(rulebook: Rulebook, look: Look) -> list[Finding]:
@@ -34,6 +45,10 @@ def audit_findings(rulebook: Rulebook, look: Look) -> list[Finding]:
     if basis == "site alone":
         text = "the whole model could not be run: each recurrence was probed alone."
         found.append(audit_finding(rulebook, "RG001", text))
+    for loop in look.rounds:
+        weights = " and ".join(loop.weights[:2])
+        text = f"{weights} acts {loop.steps} times in a chain: {_ROUNDS[loop.kind]}"
+        found.append(audit_finding(rulebook, "RG004", text, location=relative(loop.location)))
     for place in look.unregistered:
         text = "a recurrent module is called that the model does not hold; it never trains."
         found.append(audit_finding(rulebook, "RG109", text, location=place))
@@ -43,6 +58,11 @@ def audit_findings(rulebook: Rulebook, look: Look) -> list[Finding]:
 def notes_of(look: Look, subject: Subject) -> tuple[str, ...]:
     run, notes = look.measurement.run, []
     notes.append(f"Rests on {run.basis}; graph recorded while the model ran.")
+    if run.trial_steps:
+        told = f"Trial: {run.trial_steps} real steps, all taken back"
+        first = f"; first non-finite value: {run.first_nonfinite}" if run.first_nonfinite else ""
+        stopped = f"; stopped at {run.trial_stopped}" if run.trial_stopped else ""
+        notes.append(f"{told}{first}{stopped}.")
     for site in look.measurement.sites:
         demand = subject.demands.get(site.path)
         if demand is not None:
@@ -51,6 +71,7 @@ def notes_of(look: Look, subject: Subject) -> tuple[str, ...]:
                 f"{demand.score:.2f} (chance {demand.chance:.2f}), longer ones no better; "
                 f"the last {demand.half} give half of the gain over chance. Hence the memory."
             )
+        notes += (f"`{site.label}`: {text}" for text in _about_the_path(site))
         if site.memory_source == "assumed":
             notes.append(
                 f"`{site.label}`: the memory needed is assumed from the sequence length, an "
@@ -64,5 +85,36 @@ def notes_of(look: Look, subject: Subject) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _about_the_path(site: SiteReadings) -> Iterator[str]:
+    """What lies between the recurrence's own figures and the gradient's real path."""
+    if site.bypass:
+        yield (
+            "the output also sees several steps of the input without the recurrence; its "
+            "verdict is no more than a risk."
+        )
+    if site.window < site.steps:
+        yield (
+            f"the gradient is cut: it passes {site.window} of {site.steps} steps, whatever the "
+            "cell keeps."
+        )
+    if site.carried_over:
+        yield (
+            "the state goes on from batch to batch, the gradient does not: memory beyond "
+            f"{site.window} steps is carried but not learned."
+        )
+    if site.padded:
+        real = "left out of the figures" if site.picked else "part of the path that is read out"
+        yield f"{site.padded:.0%} of the steps are padding; they are {real}."
+    if site.dropout:
+        yield "figures are without the dropout between its layers, which leaves the state alone."
+    if site.cell == "custom":
+        yield (
+            "written by hand, measured along its own autograd graph in the mode that the model "
+            "is in, with dropout or zoneout as they were drawn."
+        )
+
+
 def _why_unknown(readout: str) -> str:
+    if readout == "pooled":
+        return "a pool or attention reads every step in one hop"
     return "every step is read out" if readout == "all_steps" else "the sequences were made up"

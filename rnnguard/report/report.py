@@ -11,19 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import rnnguard
 from rnnguard.errors import Refusal, RulesError
-from rnnguard.records import (
-    SCHEMA,
-    SEVERITIES,
-    Change,
-    Finding,
-    Level,
-    Measurement,
-    Plan,
-    Severity,
-    Site,
-    SiteReadings,
-    near_miss,
-)
+from rnnguard.measurements import Measurement, Site, SiteReadings
+from rnnguard.records import SCHEMA, SEVERITIES, Change, Finding, Level, Plan, Severity, near_miss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

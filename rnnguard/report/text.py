@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 import rnnguard
-from rnnguard.records import Change, Finding, SiteReadings
+from rnnguard.measurements import SiteReadings
+from rnnguard.records import Change, Finding
 from rnnguard.report.words import (
     BLOCKS,
     FLOOR,

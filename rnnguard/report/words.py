@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rnnguard.records import Change, Site
+from rnnguard.measurements import Site
+from rnnguard.records import Change
 
 if TYPE_CHECKING:
     from rnnguard.decision.rulebook import Rule
@@ -22,6 +23,8 @@ NO_SITES = "0 sites: no recurrence was found or left to look at, so no memory wa
 
 def shape(site: Site) -> str:
     """Class and size of a site, such as `LSTM(5 -> 32, 2 layers, bidir)`."""
+    if site.form == "written":
+        return f"{site.module}(carries {site.hidden_size}, written by hand)"
     words = [f"{site.input_size} -> {site.hidden_size}"]
     words += [site.cell.partition("_")[2]] if "_" in site.cell else []
     words += [f"{site.layers} layers"] if site.layers > 1 else []

@@ -1,0 +1,117 @@
+"""Ways around a recurrence, and padding at the ends of its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rnnguard
+from rnnguard.inspection.pathways import real_lengths
+
+B, T, F, H = 6, 15, 4, 8
+Read = Callable[["Model", Tensor, Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """An LSTM over x; `read(model, x, out)` makes the model's output."""
+
+    def __init__(self, read: Read) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(F, H, batch_first=True)
+        self.score = nn.Linear(F, 1)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self, x, self.rnn(x)[0])
+
+
+def attended(model: Model, x: Tensor, out: Tensor) -> Tensor:
+    weights = model.score(x).softmax(1)
+    return torch.cat([out[:, -1], (weights * x).sum(1)], -1)
+
+
+def by_length(model: Model, x: Tensor, out: Tensor) -> Tensor:
+    lengths = (x != 0).any(-1).sum(1)
+    return out[torch.arange(len(x)), lengths - 1]
+
+
+READ: dict[str, tuple[Read, bool]] = {
+    "the last step": (lambda m, x, out: out[:, -1], False),
+    "and the input's last step": (lambda m, x, out: torch.cat([out[:, -1], x[:, -1]], -1), False),
+    "and the input's mean": (lambda m, x, out: torch.cat([out[:, -1], x.mean(1)], -1), True),
+    "and attention over the input": (attended, True),
+    "a mask of the input": (lambda m, x, out: out[:, -1] * (x != 0).any(1).any(-1, True), False),
+    "the step at each length": (by_length, False),
+    "a residual at the last step": (lambda m, x, out: (out[..., :F] + x)[:, -1], False),
+    "every step beside the input": (lambda m, x, out: torch.cat([out, x], -1), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_way_around_the_recurrence(name: str) -> None:
+    read, expected = READ[name]
+    report = rnnguard.audit(Model(read), inputs=torch.randn(B, T, F))
+    assert report["rnn"].bypass is expected
+    assert any("without the recurrence" in note for note in report.notes) is expected
+
+
+def test_a_way_around_leaves_no_more_than_a_risk() -> None:
+    x = torch.randn(B, 60, F)
+    levels = [rnnguard.audit(Model(READ[name][0]), inputs=x, memory=60).level
+              for name in ("the last step", "and the input's mean")]  # fmt: skip
+    assert levels == ["vanishing", "at risk: fading"]
+
+
+def test_a_hand_written_recurrence_with_a_way_around_it() -> None:
+    class Own(nn.Module):
+        def __init__(self, around: bool) -> None:
+            super().__init__()
+            self.cell, self.around = nn.Linear(F + H, H), around
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.new_zeros(len(x), H)
+            for x_t in x.unbind(1):
+                h = self.cell(torch.cat([x_t, h], 1)).tanh()
+            return torch.cat([h, x.mean(1)], 1) if self.around else h
+
+    found = [rnnguard.audit(Own(around), inputs=torch.randn(B, T, F)) for around in (False, True)]
+    assert [report.now.sites[0].bypass for report in found] == [False, True]
+
+
+def padded(lengths: list[int], pad: float = 0.0) -> Tensor:
+    x = torch.randn(T, len(lengths), F)
+    for row, length in enumerate(lengths):
+        x[length:, row] = pad
+    return x
+
+
+@pytest.mark.parametrize("pad", [0.0, -1.0])
+def test_padding_is_a_row_that_several_sequences_end_in(pad: float) -> None:
+    lengths = [15, 12, 9, 3]
+    full = torch.full((4,), T)
+    assert real_lengths(padded(lengths, pad), full).tolist() == lengths
+
+
+def test_a_common_tail_is_no_padding() -> None:
+    full = torch.full((4,), T)
+    assert real_lengths(padded([10] * 4), full).tolist() == [T] * 4
+    assert real_lengths(padded([15, 15, 15, 9]), full).tolist() == [T] * 4
+    black = padded([15, 12, 9, 3])
+    black[2:4, 1] = 0.0
+    assert real_lengths(black, full).tolist() == [T] * 4
+    packed = torch.tensor([15, 12, 9, 3])
+    assert real_lengths(padded([15, 12, 9, 3]), packed) is packed
+
+
+def test_a_step_behind_padding_is_told() -> None:
+    x = padded([15, 12, 9, 3, 5, 7]).transpose(0, 1)
+    last = rnnguard.audit(Model(READ["the last step"][0]), inputs=x)
+    assert "RG202" in {finding.code for finding in last.findings}
+    assert last["rnn"].padded == pytest.approx(1 - 51 / 90)
+    own = rnnguard.audit(Model(by_length), inputs=x)
+    assert own["rnn"].picked and "RG202" not in {finding.code for finding in own.findings}
+    # Left out of the figures, silent steps do not count as input.
+    assert last["rnn"].silent_input and not own["rnn"].silent_input
