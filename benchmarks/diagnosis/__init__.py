@@ -1,0 +1,1 @@
+"""Verdicts at initialisation against training outcomes: rnnguard beside its peers' rules."""
