@@ -118,8 +118,9 @@ class SiteReadings(Record):
     None where they were not measured; `growth_over_window` is that exponent times the window;
     `lag_concentration` is the share of the memory needed that already gives half of what
     the data tell, 1 when all of it lies at the longest lag. `carried_over`: the state goes on
-    from batch to batch, the gradient does not. What is read inside torch's own
-    cells is None at a hand-written site, which has no `layer_readings` either.
+    from batch to batch, the gradient does not. `forward_reach`: how many steps ago an input may
+    lie and still be read out of the state by a line, which needs no gradient. What is read
+    inside torch's own cells is None at a hand-written site, which has no `layer_readings` either.
     """
 
     path: str
@@ -155,6 +156,8 @@ class SiteReadings(Record):
     effective_length: int
     effective_length_interval: tuple[int, int] | None = None
     memory_needed: int | None
+    memory_needed_interval: tuple[int, int] | None = None
+    forward_reach: int | None = None
     memory_source: MemorySource
     lag_concentration: float | None
     retention_at_memory: float | None

@@ -62,6 +62,7 @@ class Mending:
             why = reason(row, site, run)
             for remedy in allowed(row, REMEDY, self.tiers):
                 self._try(row, why, REMEDY[remedy.name], path)
+        self.refusals += _structure_kept(self.look.measurement[path], self.tiers)
 
     def _try(self, row: Scenario, why: str, remedy: Remedy, path: str) -> None:
         """Applies one remedy at a site and keeps it only if its reading improved."""
@@ -158,14 +159,21 @@ def diagnosed(look: Look) -> Look:
 def _left_alone(site: SiteReadings, tiers: tuple[Tier, ...]) -> list[Refusal]:
     """The reason that a sick but trained site keeps its weights."""
     sick = site.level not in ("healthy", "unknown", "truncated")
-    if sick and site.cell == "custom" and "structure" in tiers and not site.trained:
-        fact = "a hand-written recurrence keeps its structure, since its code is the user's."
-        return [Refusal("RG910", site.path, fact, "Only its values are changed.")]
     if not (site.trained and sick and "values" in tiers):
         return []
     fact = "the weights are trained, frozen, another optimizer's, or not sure to be untrained."
     cure = "They are kept; build a new model to have its values chosen."
     return [Refusal("RG902", site.path, fact, cure)]
+
+
+def _structure_kept(site: SiteReadings, tiers: tuple[Tier, ...]) -> list[Refusal]:
+    """The reason that a hand-written site, still sick, is not rebuilt."""
+    sick = distance_from_health(site) > 0
+    if not sick or site.cell != "custom" or "structure" not in tiers:
+        return []
+    fact = "a hand-written recurrence keeps its structure, since its code is the user's."
+    cure = "Use a cell of torch or of rnnguard.nn to have its structure changed."
+    return [Refusal("RG910", site.path, fact, cure)]
 
 
 def replay(model: nn.Module, optimizer: Optimizer, edit: Edit, plan: Plan) -> tuple[Change, ...]:

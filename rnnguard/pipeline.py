@@ -25,7 +25,8 @@ from rnnguard.inspection.preflight import (
 from rnnguard.measurements import Measurement
 from rnnguard.mending import REMEDY, Mending, diagnosed, replay
 from rnnguard.probe.gradients import Gradients
-from rnnguard.probe.measurement import Look, measure, run_readings, with_demands
+from rnnguard.probe.measurement import Look, measure, run_readings
+from rnnguard.probe.site_demand import with_demands
 from rnnguard.probe.snapshot import untouched
 from rnnguard.probe.subject import Subject, check_runs, guessed_batches
 from rnnguard.probe.trial import run_trial

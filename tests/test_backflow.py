@@ -185,6 +185,15 @@ class Stacked(Stepped):
         return super().forward(x)[:, 1]
 
 
+class TopDown(Stacked):
+    """The lower layer reads the upper one, and not the other way round."""
+
+    def step(self, x: Tensor, *state: Tensor) -> State:
+        (both,) = state
+        low = torch.tanh(x @ self.v.t() + both[0] @ self.w.t() + both[1] @ self.between.t())
+        return (torch.stack([low, torch.tanh(both[1] @ self.w.t() + 0.5)]) * 0.9,)
+
+
 class BatchSecond(Stepped):
     """Its state is (hidden, batch)."""
 
@@ -268,6 +277,7 @@ CELLS: dict[str, tuple[Callable[[], Stepped], tuple[int, ...]]] = {
     "delayed": (Delayed, (0, 0)),
     "convolutional": (Convolutional, (0,)),
     "stacked": (Stacked, (1,)),
+    "top-down": (TopDown, (1,)),
     "batch-second": (BatchSecond, (1,)),
     "batch-is-hidden": (lambda: Tanh(B), (0,)),
 }

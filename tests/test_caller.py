@@ -17,9 +17,16 @@ class Inner(nn.Module):
 def test_the_innermost_known_module_and_the_line() -> None:
     inner = Inner()
     nn.Sequential(nn.Identity(), inner)(torch.zeros(1))
-    path, recurrent, location = inner.found
-    assert (path, recurrent) == ("inner", None)
-    assert location is not None and location.startswith(f"{__file__}:")
+    found = inner.found
+    assert (found.owner, found.module) == ("inner", None)
+    assert found.location is not None and found.location.startswith(f"{__file__}:")
+
+
+def test_two_calls_of_one_line_are_told_apart() -> None:
+    found = [(caller({}), caller({})) for _ in range(2)]
+    assert len({by.location for pair in found for by in pair}) == 1
+    assert found[0][0] != found[0][1]
+    assert found[0] == found[1]
 
 
 def test_a_recurrent_module_is_told() -> None:
@@ -32,5 +39,5 @@ def test_a_recurrent_module_is_told() -> None:
 
     module = Own(2, 3)
     module(torch.zeros(1))
-    ((path, recurrent, _),) = seen
-    assert path is None and recurrent is module
+    (found,) = seen
+    assert found.owner is None and found.module is module

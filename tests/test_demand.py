@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from rnnguard.demo import digit_sequences
 from rnnguard.probe import memory_demand
 from rnnguard.probe.demand import FEWEST, SEQUENCES, Demand, MemoryDemand, demand_of
+from rnnguard.probe.demand_data import site_parts
 
 Pair = tuple[Tensor, Tensor]
 COUNT = 144
@@ -352,7 +353,8 @@ def test_no_random_state_moves_and_the_same_seed_finds_the_same() -> None:
 
 def demand_at_site(x: Tensor, target: Tensor, lengths: Tensor | None = None) -> Demand | None:
     full = torch.full((len(x),), x.shape[1])
-    return demand_of([x.transpose(0, 1)], [full if lengths is None else lengths], [target])
+    given = [x.transpose(0, 1)], [full if lengths is None else lengths], [target]
+    return demand_of(site_parts(*given) or [])
 
 
 def test_a_site_asks_the_same_with_steps_first() -> None:
@@ -367,11 +369,12 @@ def test_a_site_asks_the_same_with_steps_first() -> None:
 def test_a_site_s_batches_count_together() -> None:
     x, label = recall(20)
     parts = list(zip(x.chunk(3), label.chunk(3), strict=True))
-    found = demand_of(
+    given = site_parts(
         [part.transpose(0, 1) for part, _ in parts],
         [torch.full((len(y),), 20) for _, y in parts],
         [y for _, y in parts],
     )
+    found = demand_of(given or [])
     assert found == demand_at_site(x, label)
 
 

@@ -316,6 +316,43 @@ def test_refitting_keeps_to_the_false_alarms_that_are_allowed(part: Any) -> None
     assert 0.6 <= alarm[fault].mean() < 1 and alarm[~fault].mean() <= 0.03
 
 
+def audited(level: str, errors: int, **trial: Any) -> dict[str, Any]:
+    return {"level": level, "errors": errors, "memory_needed": 9} | trial
+
+
+def test_a_trial_passes_over_to_an_audit_that_was_told_more(part: Any) -> None:
+    before, after = audited("unknown", 0), audited("unstable", 2, spike_rate=0.5)
+    told = audited("vanishing", 1) | {"memory_needed": 40}
+    found = part("verdicts").with_trial(told, before, after)
+    assert found == audited("unstable", 3, spike_rate=0.5) | {"memory_needed": 40}
+    # A level that the trial left alone is the estimate's, and no better than what was told.
+    calm = audited("unknown", 0, spike_rate=0.0)
+    assert part("verdicts").with_trial(told, before, calm)["level"] == "vanishing"
+
+
+def test_the_rows_of_a_trial_are_silent_without_one(part: Any) -> None:
+    verdicts = part("verdicts")
+    assert verdicts.score({"growth": 1.0}, verdicts.TRIAL_TABLE) == verdicts.SILENT
+    assert {row.reading for row in verdicts.TRIAL_TABLE} <= set(verdicts.TRIAL_READINGS)
+    risen = {"loss_ratio": 100.0, "nonfinite_share": 0.0}
+    assert verdicts.score(risen, verdicts.TRIAL_TABLE) == pytest.approx(-verdicts.SILENT)
+
+
+@pytest.mark.parametrize("kind", ["forest", "logistic"])
+def test_a_fitted_model_finds_the_reading_that_tells(part: Any, kind: str) -> None:
+    generator = np.random.default_rng(0)
+    fault = generator.random(160) < 0.5
+    signal = np.where(fault, 30.0, 0.3) * np.exp(generator.normal(0, 0.3, 160))
+    readings = [{"signal": float(v), "noise": float(generator.normal())} for v in signal]
+    tasks = [f"t{i % 8}" for i in range(160)]
+    score = part("fitting").MODELS[kind](readings[:120], fault[:120], tasks[:120])
+    found = score(readings[120:])
+    assert part("scoring").auroc(fault[120:], found) > 0.95
+    assert (found[~fault[120:]] > 0).mean() <= 0.1
+    # A reading that is missing is a fact of its own and no error.
+    assert np.isfinite(score([{"noise": 0.0}])).all()
+
+
 def test_a_result_file_goes_on_where_it_was_stopped(part: Any, tmp_path: Path) -> None:
     ledger, run = part("ledger"), part("training").Run
     runs = [run(0, "t", "a"), run(0, "t", "b"), run(1, "t", "a")]
@@ -348,8 +385,12 @@ def test_from_a_run_to_the_table(part: Any, tmp_path: Path) -> None:
     assert fine <= 0 < fading
     readings = json.loads(verdicts[1]["readings declared"])
     assert readings["memory_needed"] == 30 and readings["retention_at_memory"] < -4
+    assert readings["spike_rate"] is None
+    tried = json.loads(verdicts[0]["readings trial"])
+    assert tried["trial_steps"] == 40 and 0 < tried["loss_ratio"] < 1.1
     rows = part("results").report(folder, 1, draws=20)
-    assert {row["detector"] for row in rows} >= {"DLCheck @1", "rnnguard, levels, memory declared"}
+    detectors = {row["detector"] for row in rows}
+    assert detectors >= {"DLCheck @1", "rnnguard, levels, memory declared, trial"}
     with (tmp_path / "diagnosis.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == rows
 

@@ -57,6 +57,17 @@ def test_plain_loop_learns_only_with_the_line(example: Example) -> None:
     assert stabilized < 1.0 < 1.3 < untouched
 
 
+def test_own_recurrence(example: Example, capsys: pytest.CaptureFixture[str]) -> None:
+    own = example("own_recurrence")
+    report, stabilized = own.main(steps=160, length=40)
+    assert report.before[""].level == "vanishing" and report[""].level == "healthy"
+    (change,) = (c for c in report.changes if c.path is not None)
+    assert change.dose["gates"] == "gates.bias:32:64:1/gates.bias:96:128:1"
+    assert "written_chrono_bias" in capsys.readouterr().out
+    _, untouched = own.main(steps=160, length=40, stabilize=False)
+    assert stabilized < 0.7 < 1.3 < untouched
+
+
 def test_char_language_model(example: Example, capsys: pytest.CaptureFixture[str]) -> None:
     report, losses = example("char_language_model").main(steps=50, window=16, hidden=32)
     assert [site.path for site in report.sites] == ["lstm"]

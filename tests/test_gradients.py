@@ -156,8 +156,19 @@ def test_frozen_parameters_have_no_part_in_it() -> None:
 
 def test_gradients_do_not_add_up_over_batches() -> None:
     model, (pair, *_) = Net(), pairs()
-    found = norms(model, [pair] * 4, loss=nn.CrossEntropyLoss())
-    assert found.norms == pytest.approx([found.norms[0]] * 4, rel=1e-6)
+    found = norms(model, [pair] * 3, loss=nn.CrossEntropyLoss())
+    assert found.norms == pytest.approx([found.norms[0]] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("count", "taken"), [(1, [0]), (2, [0, 1]), (8, [0, 4, 7])])
+def test_a_few_batches_far_apart_are_passed(count: int, taken: list[int]) -> None:
+    model, ((x, y), *_) = Net(), pairs()
+    sizes = [(x, y, 1.0 + index) for index in range(count)]
+    data = [(x, (y, size)) for x, y, size in sizes]
+    found = norms(model, data, loss=lambda o, t: t[1] * cross_entropy(o, t[0]))
+    assert [norm / found.norms[0] for norm in found.norms] == pytest.approx(
+        [1.0 + index for index in taken], rel=1e-5
+    )
 
 
 def test_a_state_kept_from_call_to_call_keeps_its_graph() -> None:

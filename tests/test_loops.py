@@ -183,6 +183,28 @@ class LearnedStart(Own):
         return h
 
 
+class LearnedMatrix(Own):
+    """A matrix that starts as a weight and learns from each step by a gradient of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        m, keys, new = self.state.weight.expand(len(x), H, H), self.into(x), self.into(x).tanh()
+        for t in range(x.shape[1]):
+            error = torch.einsum("bij,bj->bi", m, keys[:, t]) - new[:, t]
+            m = m - 0.1 * torch.einsum("bi,bj->bij", error, keys[:, t])
+        return m
+
+
+class SolvedPerStep(Own):
+    """Several rounds of a solver on each input, as liquid networks take."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.zeros(x)
+        for now in self.into(x).unbind(1):
+            for _ in range(4):
+                h = h + 0.1 * (torch.tanh(self.state(h) + now) - h)
+        return h
+
+
 class Detached(Own):
     """Lets go of its past at every third step."""
 
@@ -193,7 +215,10 @@ class Detached(Own):
         return h
 
 
-@pytest.mark.parametrize("make", [Reflected, ThereAndBack, DeltaRule, LearnedStart, Detached])
+@pytest.mark.parametrize(
+    "make",
+    [Reflected, ThereAndBack, DeltaRule, LearnedStart, LearnedMatrix, SolvedPerStep, Detached],
+)
 def test_steps_are_counted_once_however_a_step_is_spelled(make: type[nn.Module]) -> None:
     found = loops(make(), x())
     assert {loop.kind for loop in found} == {"time"}
@@ -329,6 +354,16 @@ class DenoisedAndKept(Own):
         return torch.stack(images)
 
 
+class InTurns(Own):
+    """Goes through the same two inputs again and again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.zeros(x)
+        for t in range(T):
+            h = torch.tanh(self.into(x[:, t % 2]) + self.state(h))
+        return self.out(h)
+
+
 class InnerSteps(Own):
     """Descends a loss by gradients that it takes itself, and differentiates through them."""
 
@@ -341,7 +376,7 @@ class InnerSteps(Own):
         return given @ fast
 
 
-@pytest.mark.parametrize("make", [Refined, RefinedAnew, Denoised, DenoisedAndKept])
+@pytest.mark.parametrize("make", [Refined, RefinedAnew, Denoised, DenoisedAndKept, InTurns])
 def test_rounds_on_the_same_input_are_iterations(make: type[nn.Module]) -> None:
     assert kinds(make(), x()) == [("iterations", T)]
 
@@ -531,6 +566,25 @@ class SharedNorm(nn.Module):
         return found
 
 
+class OneLongLine(Own):
+    """Four factors in a row, each from the data; no loop at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.sigmoid(self.into(x)), torch.tanh(self.into(x))
+        return a * torch.exp(-b) * a.cumsum(1) * b.abs() * torch.sigmoid(x.sum()) + b
+
+
+class BrokenStick(Own):
+    """What is left of a stick is broken again and again: a running product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, parts = x.new_ones(len(x)), []
+        for share in torch.sigmoid(self.into(x[:, 0])).unbind(-1):
+            parts.append(left * share)
+            left = left * (1 - share)
+        return torch.stack(parts, -1)
+
+
 class BeamScores(nn.Module):
     """The best scores of paths so far, whose states are not carried."""
 
@@ -548,7 +602,7 @@ class BeamScores(nn.Module):
 
 NONE: list[type[nn.Module]] = [
     Residual, OneTensorOfLayers, Dense, UNet, Transformer, PerStep, Siamese, RunningLoss, Pooled,
-    TwoSteps, Tied, Pyramid, SmoothedPyramid, SharedNorm, BeamScores,
+    TwoSteps, Tied, Pyramid, SmoothedPyramid, SharedNorm, BeamScores, OneLongLine, BrokenStick,
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rnnguard.probe.demand import memory_demand as memory_demand
-    from rnnguard.probe.forward_memory import forward_memory as forward_memory
+    from rnnguard.probe.input_recall import forward_memory as forward_memory
     from rnnguard.probe.measuring import lyapunov_exponents as lyapunov_exponents
     from rnnguard.probe.measuring import retention as retention
 
@@ -16,7 +16,7 @@ _PUBLIC = {
     "lyapunov_exponents": "rnnguard.probe.measuring",
     "retention": "rnnguard.probe.measuring",
     "memory_demand": "rnnguard.probe.demand",
-    "forward_memory": "rnnguard.probe.forward_memory",
+    "forward_memory": "rnnguard.probe.input_recall",
 }
 
 __all__ = ["lyapunov_exponents", "retention", "memory_demand", "forward_memory"]

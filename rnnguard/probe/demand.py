@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
 
-from rnnguard.probe.demand_data import parts_of, sequences_of, site_parts
+from rnnguard.probe.demand_data import Part, parts_of, sequences_of
 from rnnguard.probe.history import Array, Sequences, families, histories, scaled
 from rnnguard.probe.lagscan import partial_p_values, scan_lags
 from rnnguard.probe.samples import Samples, samples_of
@@ -126,15 +125,9 @@ def memory_demand(data: Any, *, seed: int = 0, batch_first: bool = True) -> Memo
     return MemoryDemand(source="estimated", **fields)
 
 
-def demand_of(
-    inputs: Sequence[Tensor], lengths: Sequence[Tensor], targets: Sequence[Tensor], seed: int = 0
-) -> Demand | None:
-    """The memory demanded by batches of sequences with one target each; None when unclear.
-
-    inputs: (T, B, F) each; lengths: (B,) each; targets: (B,) classes or (B,) or (B, 1) reals.
-    """
-    parts = site_parts(inputs, lengths, targets)
-    sequences = None if parts is None else sequences_of(parts)
+def demand_of(parts: list[Part], seed: int = 0) -> Demand | None:
+    """The memory demanded by batches as a recurrence sees them; None when unclear."""
+    sequences = sequences_of(parts) if parts else None
     return None if sequences is None else _demand(sequences, seed)
 
 

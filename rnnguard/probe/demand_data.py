@@ -211,16 +211,34 @@ def _refused(fact: str, cure: str) -> RefusedError:
 
 
 def site_parts(
-    inputs: Sequence[Tensor], lengths: Sequence[Tensor], targets: Sequence[Tensor]
+    inputs: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    per_step: bool = False,
 ) -> list[Part] | None:
-    """Batches as a recurrence sees them, with one target per sequence; None for other targets.
+    """Batches as a recurrence sees them; None for targets of another form.
 
-    inputs: (T, B, F) each; lengths: (B,) each; targets: (B,) or (B, 1) each.
+    inputs: (T, B, F) each; lengths: (B,) each; targets: (B,) or (B, 1) each, or with `per_step`
+    (B, T) or (T, B), with or without columns.
     """
     parts = []
     for x, n, target in zip(inputs, lengths, targets, strict=True):
-        flat = target[:, 0] if target.dim() == 2 and target.shape[1] == 1 else target
-        if flat.dim() != 1 or flat.is_complex() or len(flat) != len(n):
+        fitting = _at_steps(target, x) if per_step else _at_ends(target, n)
+        if fitting is None or fitting.is_complex():
             return None
-        parts.append(Part(*(t.detach().cpu() for t in (x.transpose(0, 1), n, flat))))
+        parts.append(Part(*(t.detach().cpu() for t in (x.transpose(0, 1), n, fitting))))
     return parts
+
+
+def _at_ends(target: Tensor, lengths: Tensor) -> Tensor | None:
+    flat = target[:, 0] if target.dim() == 2 and target.shape[1] == 1 else target
+    return flat if flat.dim() == 1 and len(flat) == len(lengths) else None
+
+
+def _at_steps(target: Tensor, x: Tensor) -> Tensor | None:
+    steps, batch = x.shape[:2]
+    if target.dim() not in (2, 3) or steps < 2:
+        return None
+    if tuple(target.shape[:2]) == (batch, steps):
+        return target
+    return target.transpose(0, 1) if tuple(target.shape[:2]) == (steps, batch) else None

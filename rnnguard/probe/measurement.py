@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,6 @@ from rnnguard.inspection.provenance import look_untrained, looks_untrained
 from rnnguard.inspection.recording import Recording, record, tensors_in
 from rnnguard.inspection.sites import (
     FoundSite,
-    SiteInput,
     find_sites,
     unregistered_calls,
 )
@@ -24,7 +23,6 @@ from rnnguard.inspection.written import WrittenSite, rounds, written_sites
 from rnnguard.measurements import Measurement, RunReadings, Site, SiteReadings
 from rnnguard.probe.backflow import Backflow
 from rnnguard.probe.carryover import carried_over, kept_tensors
-from rnnguard.probe.demand import demand_of
 from rnnguard.probe.gradients import Gradients, gradient_norms
 from rnnguard.probe.readings import Memory, measure_site, memory_needed
 from rnnguard.probe.snapshot import untouched
@@ -50,9 +48,9 @@ def measure(subject: Subject) -> Look:
     model, batches = subject.model, subject.batches
     with untouched(model, optimizer=subject.optimizer):
         torch.manual_seed(subject.seed)
-        recording = _recorded(subject, subject.largest)
+        recording = recorded(subject, subject.largest)
         loops = find_loops(recording.graph)
-        native = find_sites(model, recording, _cells_in(rounds(loops)))
+        native = find_sites(model, recording, cells_in(rounds(loops)))
         known = {call for site in native for call in site.calls}
         written = [with_backflow(site) for site in written_sites(model, loops, known)]
         unregistered = tuple(unregistered_calls(model, recording))
@@ -77,7 +75,7 @@ def _with_carryover(
     kept = kept_tensors(recording)
     if not kept:
         return sites, False
-    again = _recorded(subject, subject.largest, kept)
+    again = recorded(subject, subject.largest, kept)
     carried = carried_over(subject.model, again)
     names = {str(node.target) for nodes in carried.values() for node in nodes}
     with_graph = {f"kept{i}" for i, tensor in enumerate(kept) if tensor.grad_fn is not None}
@@ -85,7 +83,8 @@ def _with_carryover(
     return told, not names.isdisjoint(with_graph)
 
 
-def _cells_in(loops: Iterable[Loop]) -> set[fx.Node]:
+def cells_in(loops: Iterable[Loop]) -> set[fx.Node]:
+    """The calls of torch's cells in the loops."""
     return {call for loop in loops for call in loop.native}
 
 
@@ -139,34 +138,8 @@ def _has_stepped(optimizer: Optimizer) -> bool:
     return max(steps) > 0 if steps else any(states)
 
 
-def with_demands(subject: Subject) -> Subject:
-    """The subject with what its data demand of each site that reads out the last step."""
-    targets = [batch.target for batch in subject.batches.batches]
-    if not all(isinstance(target, Tensor) and target.dim() > 0 for target in targets):
-        return subject
-    given: dict[str, list[SiteInput]] = {}
-    with untouched(subject.model, optimizer=subject.optimizer):
-        for index in range(len(targets)):
-            torch.manual_seed(subject.seed)
-            recording = _recorded(subject, index)
-            timeless = _cells_in(rounds(find_loops(recording.graph)))
-            for site in find_sites(subject.model, recording, timeless):
-                if _reads_last_step(site) and site.input.x.shape[1] == len(targets[index]):
-                    given.setdefault(site.record.path, []).append(site.input)
-    found = {
-        path: demand_of([p.x for p in parts], [p.lengths for p in parts], targets, subject.seed)
-        for path, parts in given.items()
-        if len(parts) == len(targets)
-    }
-    return replace(subject, demands={path: d for path, d in found.items() if d is not None})
-
-
-def _reads_last_step(site: FoundSite) -> bool:
-    """Whether the lag to the target is the distance to the end of the sequence."""
-    return site.record.readout in ("last_step", "final_state") and not site.record.bidirectional
-
-
-def _recorded(subject: Subject, index: int, kept: Iterable[Tensor] = ()) -> Recording:
+def recorded(subject: Subject, index: int, kept: Iterable[Tensor] = ()) -> Recording:
+    """One of the batches run and recorded."""
     batches, model = subject.batches, subject.model
     batch = batches.batches[index]
     inputs = batch.raw if batches.step is not None else (batch.args, batch.kwargs)

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rnnguard.errors import RefusedError
 from rnnguard.inspection.gates import GATES, gate_bias, recurrent_block
 from rnnguard.inspection.provenance import is_orthogonal_across_gates
 from rnnguard.inspection.sites import FoundSite
 from rnnguard.measurements import LayerReadings, Site, SiteReadings
 from rnnguard.probe.demand import Demand
 from rnnguard.probe.exponents import exponents
+from rnnguard.probe.input_recall import forward_memory
 from rnnguard.probe.retention_curve import RetentionCurve, log10_retention, weakest_direction
 from rnnguard.probe.trajectory import LayerTrajectory, trajectories, within_memory
 from rnnguard.records import MemorySource
 
 VECTORS = 8
 EXPONENTS = 4
+UNITS, CHANNELS = 32, 8  # that the forward memory is read from, and for
 LONGEST = 1024  # steps measured; a longer sequence is cut, its retention extrapolated
 
 
@@ -30,6 +33,7 @@ class Memory:
     steps: int | None
     source: MemorySource
     lag_concentration: float | None = None
+    interval: tuple[int, int] | None = None
 
 
 def memory_needed(
@@ -44,7 +48,7 @@ def memory_needed(
     if declared is not None:
         return Memory(declared, "declared", concentration)
     if demand is not None:
-        return Memory(demand.steps, "estimated", concentration)
+        return Memory(demand.steps, "estimated", concentration, (demand.low, demand.high))
     if not real_length or site.readout in ("all_steps", "pooled"):
         return Memory(None, "unknown")
     return Memory(site.steps, "assumed")
@@ -101,6 +105,8 @@ def _measured(
         effective_length=curve.effective_length(),
         effective_length_interval=curve.effective_length_interval(),
         memory_needed=memory.steps,
+        memory_needed_interval=memory.interval,
+        forward_reach=_forward_reach(runs),
         memory_source=memory.source,
         lag_concentration=memory.lag_concentration,
         retention_at_memory=None if memory.steps is None else curve.at(memory.steps),
@@ -149,6 +155,19 @@ def _measure_layer(
         output_rms=_rms(trajectory.outputs, trajectory.lengths),
     )
     return readings, curve
+
+
+def _forward_reach(runs: list[LayerTrajectory]) -> int | None:
+    """How far back the last layer's state still tells of the input; of a part of either.
+
+    Fewer units and channels can only tell less, at a fraction of the cost.
+    """
+    outputs, x = runs[-1].trajectory.outputs, runs[0].x
+    try:
+        found = forward_memory(outputs[..., :UNITS], x[..., :CHANNELS], runs[0].trajectory.lengths)
+    except RefusedError:
+        return None
+    return found.reach
 
 
 def _least(values: list[float | None]) -> float | None:

@@ -65,6 +65,7 @@ def measure_written(
         effective_length=curve.effective_length(),
         effective_length_interval=curve.effective_length_interval(),
         memory_needed=memory.steps,
+        memory_needed_interval=memory.interval,
         memory_source=memory.source,
         lag_concentration=memory.lag_concentration,
         retention_at_memory=at_memory,

@@ -14,6 +14,7 @@ from rnnguard.remedies.uniform_gate_bias import UNIFORM_GATE_BIAS
 from rnnguard.remedies.variance_scaling import VARIANCE_SCALING
 from rnnguard.remedies.warmup_cosine import WARMUP_COSINE
 from rnnguard.remedies.written_chrono_bias import WRITTEN_CHRONO_BIAS
+from rnnguard.remedies.written_critical_gain import WRITTEN_CRITICAL_GAIN
 from rnnguard.remedies.written_orthogonal import WRITTEN_ORTHOGONAL
 
 REMEDIES: tuple[Remedy, ...] = (
@@ -31,4 +32,5 @@ REMEDIES: tuple[Remedy, ...] = (
     LAYER_NORM,
     WRITTEN_ORTHOGONAL,
     WRITTEN_CHRONO_BIAS,
+    WRITTEN_CRITICAL_GAIN,
 )

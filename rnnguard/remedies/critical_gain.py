@@ -24,9 +24,9 @@ def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dos
     return {"factor": float(f"{factor:.4g}")}
 
 
-def _gentler(dose: Dose) -> Dose:
+def gentler(dose: Dose) -> Dose:
     """Half of the way, in logarithms."""
-    return {"factor": float(f"{float(dose['factor'] or 1.0) ** 0.5:.4g}")}
+    return {**dose, "factor": float(f"{float(dose['factor'] or 1.0) ** 0.5:.4g}")}
 
 
 def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
@@ -40,6 +40,6 @@ CRITICAL_GAIN = Remedy(
     summary="Recurrent matrix scaled until the measured leading exponent is about zero.",
     apply=_apply,
     aim="health",
-    gentler=_gentler,
+    gentler=gentler,
     prescription=_prescribe,
 )

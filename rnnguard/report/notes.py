@@ -67,7 +67,8 @@ def notes_of(look: Look, subject: Subject) -> tuple[str, ...]:
         demand = subject.demands.get(site.path)
         if demand is not None:
             notes.append(
-                f"`{site.label}`: a read-out of the last {demand.steps} steps scores "
+                f"`{site.label}`: a read-out of the last {demand.steps} steps "
+                f"({demand.low} to {demand.high}) scores "
                 f"{demand.score:.2f} (chance {demand.chance:.2f}), longer ones no better; "
                 f"the last {demand.half} give half of the gain over chance. Hence the memory."
             )
@@ -96,6 +97,11 @@ def _about_the_path(site: SiteReadings) -> Iterator[str]:
         yield (
             f"the gradient is cut: it passes {site.window} of {site.steps} steps, whatever the "
             "cell keeps."
+        )
+    if site.forward_reach is not None:
+        yield (
+            f"a line reads the input of up to {site.forward_reach} steps ago out of the state "
+            "as it is (R2 above 0.1; needs no gradient)."
         )
     if site.carried_over:
         yield (

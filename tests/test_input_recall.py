@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rnnguard.errors import RefusedError
 from rnnguard.probe import forward_memory
-from rnnguard.probe.forward_memory import (
+from rnnguard.probe.input_recall import (
     FEWEST,
     PENALTIES,
     THRESHOLD,
