@@ -29,7 +29,8 @@ class Site(Record):
     for a recurrence that the user spelled out, whose cell is "custom": its recurrent weights
     are named in `weights`, and its hidden size counts all that is carried.
     `bypass`: the output sees several steps of the input without the recurrence. `padded`:
-    share of the steps that are padding; `picked`: each sequence is read out at an end of its own.
+    share of the steps that are padding; `picked`: each sequence is read out at an end of its
+    own. `remade`: its weights are made anew in each forward, as by weight drop.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Site(Record):
     bypass: bool = False
     padded: float = 0.0
     picked: bool = False
+    remade: bool = False
 
     @property
     def label(self) -> str:
@@ -142,6 +144,7 @@ class SiteReadings(Record):
     bypass: bool = False
     padded: float = 0.0
     picked: bool = False
+    remade: bool = False
     carried_over: bool = False
 
     exponents: tuple[Exponent, ...]

@@ -115,3 +115,36 @@ def test_a_step_behind_padding_is_told() -> None:
     assert own["rnn"].picked and "RG202" not in {finding.code for finding in own.findings}
     # Left out of the figures, silent steps do not count as input.
     assert last["rnn"].silent_input and not own["rnn"].silent_input
+
+
+class WeightDropped(nn.Module):
+    """The recurrent weights pass a dropout at every forward, as in AWD-LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(F, 64, batch_first=True)
+        own = self.rnn.weight_hh_l0
+        del self.rnn._parameters["weight_hh_l0"]
+        self.raw = nn.Parameter(own.detach().clone())
+        self.rnn.weight_hh_l0 = own.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rnn.weight_hh_l0 = nn.functional.dropout(self.raw, 0.5, self.training)
+        names = self.rnn._flat_weights_names
+        self.rnn._flat_weights = [getattr(self.rnn, name) for name in names]
+        return self.rnn(x)[0][:, -1]
+
+
+def test_weight_drop_is_told_with_its_gain() -> None:
+    model, x = WeightDropped(), torch.randn(B, 60, F)
+    drawn = rnnguard.audit(model, inputs=x)
+    assert drawn["rnn"].remade and any("weight drop" in note for note in drawn.notes)
+    radius = drawn["rnn"].spectral_radius or 0.0
+    whole = rnnguard.audit(model.eval(), inputs=x)["rnn"].spectral_radius or 0.0
+    # Inverted scaling: 1 / sqrt(1 - p), up to the spread of one draw of 64 x 64 weights.
+    assert radius / whole == pytest.approx(2**0.5, rel=0.12)
+
+
+def test_weights_that_stay_are_not_told() -> None:
+    report = rnnguard.audit(Model(READ["the last step"][0]), inputs=torch.randn(B, T, F))
+    assert not report["rnn"].remade

@@ -150,6 +150,7 @@ def _site(module: nn.Module, paths: list[str], calls: list[NativeCall]) -> Found
         bypass=is_bypassed(chain.calls[0].node.graph, nodes, int(given.lengths.max()), readout),
         padded=padded,
         picked=picked,
+        remade=any(not isinstance(t, nn.Parameter) for t in first.tensors().values()),
     )
     return FoundSite(record, module, given, frozenset(call.node for call in calls))
 

@@ -113,6 +113,12 @@ def _about_the_path(site: SiteReadings) -> Iterator[str]:
         yield f"{site.padded:.0%} of the steps are padding; they are {real}."
     if site.dropout:
         yield "figures are without the dropout between its layers, which leaves the state alone."
+    if site.remade:
+        yield (
+            "its weights are made anew in each forward (weight drop, a parametrization): figures "
+            "hold for this draw, in this mode. Dropping a share p of them in training raises the "
+            "recurrent gain by 1 / sqrt(1 - p)."
+        )
     if site.cell == "custom":
         yield (
             "written by hand, measured along its own autograd graph in the mode that the model "
