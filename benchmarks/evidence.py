@@ -39,6 +39,25 @@ class Classifier(nn.Module):
         return self.head(self.rnn(x)[0][:, -1])
 
 
+class OwnLSTM(nn.Module):
+    """An LSTM as users write it: one Linear, a loop, gates in an order of its own."""
+
+    def __init__(self, features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.gates = nn.Linear(features + hidden_size, 4 * hidden_size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        h = c = x.new_zeros(len(x), self.hidden_size)
+        outputs = []
+        for x_t in x.unbind(1):
+            o, f, g, i = self.gates(torch.cat([x_t, h], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            outputs.append(h)
+        return torch.stack(outputs, 1), None
+
+
 class CharacterModel(nn.Module):
     """Embedding, two-layer LSTM and a head over every step; starts from a zero state."""
 
@@ -175,6 +194,7 @@ def all_tasks() -> list[Task]:
     short, wide, adding = _cells(5, 32), _cells(1, 64), _cells(2, 32)
     return [
         *(_recall(kind, short[kind], 100) for kind in ("LSTM", "GRU", "tanh RNN")),
+        _recall("hand-written LSTM", lambda: OwnLSTM(5, 32), 60),
         *(_recall(kind, short[kind], 10) for kind in ("LSTM", "GRU", "tanh RNN")),
         *(_digits(kind, rnn) for kind, rnn in wide.items()),
         _adding("LSTM", adding["LSTM"], 100),
