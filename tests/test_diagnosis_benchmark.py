@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import math
+import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -340,17 +341,25 @@ def test_the_rows_of_a_trial_are_silent_without_one(part: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["forest", "logistic"])
 def test_a_fitted_model_finds_the_reading_that_tells(part: Any, kind: str) -> None:
-    generator = np.random.default_rng(0)
+    generator, row = np.random.default_rng(0), part("verdicts").Threshold
     fault = generator.random(160) < 0.5
-    signal = np.where(fault, 30.0, 0.3) * np.exp(generator.normal(0, 0.3, 160))
+    signal = np.where(fault, 3.0, -0.5) * np.exp(generator.normal(0, 0.3, 160))
     readings = [{"signal": float(v), "noise": float(generator.normal())} for v in signal]
     tasks = [f"t{i % 8}" for i in range(160)]
-    score = part("fitting").MODELS[kind](readings[:120], fault[:120], tasks[:120])
+    table = (row("signal", "above", 1.0), row("noise", "below", 0.0), row("absent", "above", 0.0))
+    score = part("fitting").MODELS[kind](table, readings[:120], fault[:120], tasks[:120])
     found = score(readings[120:])
     assert part("scoring").auroc(fault[120:], found) > 0.95
     assert (found[~fault[120:]] > 0).mean() <= 0.1
-    # A reading that is missing is a fact of its own and no error.
-    assert np.isfinite(score([{"noise": 0.0}])).all()
+    # A row that has nothing to read tells as little as one far below its limit.
+    assert score([{"signal": -9.0, "noise": 9.0}]) == score([{"noise": 9.0}])
+
+
+def test_only_adaptive_steps_have_a_rate_to_judge(part: Any) -> None:
+    verdicts = part("verdicts")
+    wild = {"optimizer": "adam", "learning_rate": 1.0}
+    assert verdicts.score(verdicts.derived(wild)) == pytest.approx(1)
+    assert verdicts.score(verdicts.derived(wild | {"optimizer": "sgd"})) == verdicts.SILENT
 
 
 def test_a_result_file_goes_on_where_it_was_stopped(part: Any, tmp_path: Path) -> None:
@@ -372,12 +381,19 @@ def test_a_result_file_goes_on_where_it_was_stopped(part: Any, tmp_path: Path) -
         ledger.continue_(path, [run(2, "t", "a")], lambda one: work(one) | {"x": ""}, **finish)
 
 
+def test_the_work_is_where_a_worker_process_looks_for_it(part: Any) -> None:
+    """A package's own `__main__` is not imported by spawned workers."""
+    for _, work in part("stages").WORK.values():
+        assert not work.__module__.endswith("__main__")
+        assert pickle.loads(pickle.dumps(work)) is work
+
+
 def test_from_a_run_to_the_table(part: Any, tmp_path: Path) -> None:
     """Two runs of one task through every stage: the fading one ranks above its healthy twin."""
-    main, training = part("__main__"), part("training")
+    work_of, training = part("stages").WORK, part("training")
     folder = tmp_path / "diagnosis"
     runs = [training.Run(0, "recall-30 tanh", name) for name in ("clean", "gain x0.2")]
-    for name, work in main.WORK.values():
+    for name, work in work_of.values():
         part("ledger").continue_(folder / name, runs, work, workers=1, deadline=math.inf)
     verdicts = part("ledger").rows_of(folder / "verdicts.csv")
     assert [row["level declared"] for row in verdicts] == ["healthy", "vanishing"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rnnguard.inspection.gates import GATES
 from rnnguard.measurements import Exponent
 from rnnguard.probe.exponents import exponents, exponents_of
-from rnnguard.probe.measuring import lyapunov_exponents
+from rnnguard.probe.functions import lyapunov_exponents
 from rnnguard.probe.steps import Trajectory
 
 

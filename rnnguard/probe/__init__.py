@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rnnguard.probe.demand import memory_demand as memory_demand
+    from rnnguard.probe.functions import lyapunov_exponents as lyapunov_exponents
+    from rnnguard.probe.functions import retention as retention
     from rnnguard.probe.input_recall import forward_memory as forward_memory
-    from rnnguard.probe.measuring import lyapunov_exponents as lyapunov_exponents
-    from rnnguard.probe.measuring import retention as retention
 
 # torch takes seconds to import, so every public name is looked up when first used.
 _PUBLIC = {
-    "lyapunov_exponents": "rnnguard.probe.measuring",
-    "retention": "rnnguard.probe.measuring",
+    "lyapunov_exponents": "rnnguard.probe.functions",
+    "retention": "rnnguard.probe.functions",
     "memory_demand": "rnnguard.probe.demand",
     "forward_memory": "rnnguard.probe.input_recall",
 }

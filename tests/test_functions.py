@@ -18,8 +18,8 @@ import rnnguard
 from rnnguard import RefusedError
 from rnnguard.probe import lyapunov_exponents, retention
 from rnnguard.probe.exponents import exponents
-from rnnguard.probe.measured import Exponents, Retention
 from rnnguard.probe.readings import Memory, measure_site
+from rnnguard.probe.results import Exponents, Retention
 from rnnguard.probe.retention_curve import log10_retention
 from rnnguard.probe.snapshot import fingerprint
 from rnnguard.probe.trajectory import MemoryWarning

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnguard.probe.exponents import exponents
-from rnnguard.probe.measured import (
+from rnnguard.probe.results import (
     Exponents,
     LayerExponent,
     LayerRetention,
