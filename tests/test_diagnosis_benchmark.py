@@ -381,6 +381,21 @@ def test_a_result_file_goes_on_where_it_was_stopped(part: Any, tmp_path: Path) -
         ledger.continue_(path, [run(2, "t", "a")], lambda one: work(one) | {"x": ""}, **finish)
 
 
+def test_a_seed_that_was_judged_in_part_is_left_out(part: Any, tmp_path: Path) -> None:
+    cell = part("labels").Cell
+    labelled = [cell("a", "m", "fault", 1.0, 0.03, 5), cell("b", "m", "healthy", 0.0, 1.0, 5)]
+    names = [f"{name} @{steps}" for name in part("peers").PEERS for steps in (1, 50)]
+    readings = {f"readings {mode}": '{"level": "healthy", "errors": 0}'
+                for mode in part("verdicts").MODES}  # fmt: skip
+    for file, columns in (("peers", dict.fromkeys(names, "1")), ("verdicts", readings)):
+        runs = [("a", "0"), ("b", "0"), ("a", "1")]
+        rows = [{"task": t, "mutation": "m", "seed": s} | columns for t, s in runs]
+        part("results")._written(tmp_path / f"{file}.csv", rows)
+    found = part("results").detectors(tmp_path, labelled, {"a", "b"})
+    assert {(j.task, j.seed) for judged in found.values() for j in judged} == {("a", 0), ("b", 0)}
+    assert [j.fault for j in found["DLCheck @1"]] == [True, False]
+
+
 def test_the_work_is_where_a_worker_process_looks_for_it(part: Any) -> None:
     """A package's own `__main__` is not imported by spawned workers."""
     for _, work in part("stages").WORK.values():

@@ -1,6 +1,6 @@
 """Trains, judges and scores; every stage goes on where it was stopped.
 
-python -m benchmarks.diagnosis [--stage train|judge|score] [--workers 2] [--minutes 60]
+python -m benchmarks.diagnosis [--stage train|peers|judge|score] [--workers 2] [--minutes 60]
                                [--tasks recall] [--seeds 5]
 """
 
@@ -10,30 +10,12 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.diagnosis import peers, results, verdicts
-from benchmarks.diagnosis.first_steps import first_steps
-from benchmarks.diagnosis.ledger import RESULTS, Row, continue_
-from benchmarks.diagnosis.training import Run, all_runs, trained
+from benchmarks.diagnosis import results
+from benchmarks.diagnosis.ledger import RESULTS, continue_
+from benchmarks.diagnosis.stages import WORK
+from benchmarks.diagnosis.training import all_runs
 
 STAGES = ("train", "peers", "judge", "score")
-
-
-def train(run: Run) -> Row:
-    """The outcome of one run as a row."""
-    return trained(run).row()
-
-
-def judge_by_peers(run: Run) -> Row:
-    """Every peer's excess on one run as a row."""
-    found = {name: f"{value:.4g}" for name, value in peers.judged(first_steps(run)).items()}
-    return {"task": run.task, "mutation": run.mutation, "seed": str(run.seed)} | found
-
-
-WORK = {
-    "train": ("outcomes.csv", train),
-    "peers": ("peers.csv", judge_by_peers),
-    "judge": ("verdicts.csv", verdicts.judged),
-}
 
 
 def main() -> None:

@@ -23,11 +23,18 @@ FAULTY_LEVELS = ("unstable", "exploding", "truncated", "vanishing")
 SILENT = -9.0
 
 
+TRIAL_STEPS = 40
 # What a user says to the audit besides model, optimizer, data and loss; each mode is judged apart.
 MODES: dict[str, Callable[[Stage], dict[str, Any]]] = {
     "estimated": lambda stage: {},
     "declared": lambda stage: {"memory": stage.task.declared_memory(stage.setting)},
+    "trial": lambda stage: {"trial": TRIAL_STEPS},
 }
+TRIAL_READINGS = (
+    "trial_steps", "spike_rate", "clip_fraction", "skip_rate", "update_ratio", "loss_change",
+    "loss_above_start", "improved", "nonfinite_steps", "nonfinite_share", "trial_stopped",
+    "loss_ratio", "loss_change_ratio",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,22 +70,28 @@ class Threshold:
         return number if number == number else None
 
 
-# The health table of the design as signs with a magnitude; rows of a trial speak where it ran.
-TABLE: tuple[Threshold, ...] = (
+# The health table of the design as signs with a magnitude.
+STATIC_TABLE: tuple[Threshold, ...] = (
     Threshold("nonfinite", "above", 0.5, 0.1),
     Threshold("growth_over_window", "above", math.log(100), math.log(10), needs=("expansive",)),
     Threshold("growth", "above", 2.0, log=True),
-    Threshold("memory_over_window", "above", 0.1, 0.1, log=True, needs=("memory_known",)),
+    Threshold("memory_over_window", "above", 0.0, 0.1, log=True, needs=("memory_known",)),
     Threshold("retention_at_memory", "below", -4.0, needs=("memory_known",)),
     Threshold("saturation", "above", 0.8, 0.1),
     Threshold("input_drive", "above", math.log10(4), log=True),
     Threshold("half_precision", "above", 0.5, 0.1),
+    Threshold("graph_kept", "above", 0.5, 0.1),
+    Threshold("learning_rate", "above", -1.0, log=True, needs=("adaptive",)),
+)
+TRIAL_TABLE: tuple[Threshold, ...] = (
     Threshold("trial_stopped", "above", 0.5, 0.1),
     Threshold("nonfinite_share", "above", 0.0, 0.1),
     Threshold("spike_rate", "above", 0.05, 0.05),
-    Threshold("recurrent_update_ratio", "above", -1.0),
+    Threshold("update_ratio", "above", -1.0),
     Threshold("loss_ratio", "above", 0.0, 0.1, log=True),
 )
+TABLE = STATIC_TABLE + TRIAL_TABLE
+"""Rows of a trial are silent where none ran."""
 
 
 def score(readings: Readings, table: tuple[Threshold, ...] = TABLE) -> float:
@@ -99,45 +112,64 @@ def level_score(readings: Readings) -> float:
 
 
 def readings_of(report: Report) -> dict[str, Any]:
-    """Every scalar reading of the run and of the site with the worst level, flat, by name."""
-    measurement = report.now
-    found = _scalars(measurement.run)
-    sites = sorted(measurement.sites, key=lambda site: LEVELS.index(site.level))
+    """Every scalar reading of the run and of the site with the worst level, flat, by name.
+
+    loss_ratio: mean loss at the trial's end over its first loss; loss_change_ratio: the change
+    over the loss before the trial.
+    """
+    run = report.now.run
+    found = _scalars(run)
+    sites = sorted(report.now.sites, key=lambda site: LEVELS.index(site.level))
     for site in sites[:1]:
         found |= _scalars(site)
         memory = site.memory_needed
         found["memory_over_window"] = None if memory is None else memory / max(site.window, 1)
-        found["memory_known"] = site.memory_source in ("declared", "estimated")
-    trial = getattr(report, "trial", None)
-    found |= trial_readings(trial) if trial is not None else {}
+        found["memory_known"] = site.memory_source in ("declared", "estimated") and not site.bypass
+    if run.trial_steps:
+        nonfinite = run.nonfinite_steps or 0
+        found["nonfinite_share"] = nonfinite / run.trial_steps
+        found["trial_stopped"] = run.trial_stopped is not None
+        found["loss_ratio"] = _over(run.loss_above_start, run.loss, 1)
+        found["loss_change_ratio"] = _over(run.loss_change, run.loss, 0)
     found["level"] = report.level
-    found["half_precision"] = measurement.run.precision == "fp16"
+    found["half_precision"] = run.precision == "fp16"
     found["errors"] = sum(finding.severity == "error" for finding in report.findings)
     found["findings"] = " ".join(sorted({finding.code for finding in report.findings}))
     return found
 
 
-def trial_readings(trial: Any) -> dict[str, Any]:
-    """What a trial showed, flat; `trial` has the fields of `rnnguard.probe.trial.Trial`.
+def derived(readings: Readings) -> dict[str, Any]:
+    """The readings with what follows from them: adaptive: whether Adam or a kin scales steps."""
+    return dict(readings) | {"adaptive": readings.get("optimizer") in ("adam", "adamw")}
 
-    loss_ratio: mean loss of the last fifth over the first loss. loss_change_errors: change of
-    the loss in its own standard errors.
+
+def with_trial(static: Readings, before: Readings, after: Readings) -> dict[str, Any]:
+    """The readings of a static audit with those of another one's trial.
+
+    before, after: that other audit without and with the trial; only what the trial changed
+    there passes over, so that one trial serves audits that differ in what they were told.
     """
-    steps = max(trial.steps, 1)
-    change, error = trial.loss_change, trial.loss_change_stderr
-    first = trial.losses[0] if trial.losses else 0.0
-    last = None if trial.loss_above_start is None else trial.loss_above_start + first
-    return {
-        "trial_stopped": trial.stopped is not None and trial.stopped.stage != "time",
-        "nonfinite_share": len(trial.nonfinite_steps) / steps,
-        "spike_rate": trial.spike_rate,
-        "clip_fraction": trial.clip_fraction,
-        "recurrent_update_ratio": trial.recurrent_update_ratio,
-        "largest_update_ratio": max(trial.update_ratios.values(), default=None),
-        "trial_norm": trial.median_norm,
-        "loss_ratio": last / first if last is not None and first > 0 else None,
-        "loss_change_errors": change / error if change is not None and error else None,
-    }
+    found = dict(static) | {name: after[name] for name in TRIAL_READINGS if name in after}
+    if after["level"] != before["level"]:
+        found["level"] = min(static["level"], after["level"], key=LEVELS.index)
+    found["errors"] = static["errors"] + max(0, after["errors"] - before["errors"])
+    return found
+
+
+Stored = Mapping[str, Readings]
+VIEWS: dict[str, Callable[[Stored], Readings]] = {
+    "memory estimated": lambda stored: stored["estimated"],
+    "memory declared": lambda stored: stored["declared"],
+    "memory estimated, trial": lambda stored: stored["trial"],
+    "memory declared, trial": lambda stored: with_trial(
+        stored["declared"], stored["estimated"], stored["trial"]
+    ),
+}
+"""What is scored side by side, from the readings of every mode."""
+
+
+def _over(change: float | None, loss: float | None, offset: float) -> float | None:
+    return None if change is None or not loss or loss <= 0 else offset + change / loss
 
 
 def _scalars(record: Record) -> dict[str, Any]:
@@ -168,7 +200,7 @@ def judged(run: Run) -> dict[str, str]:
         seconds = time.perf_counter() - started
         row |= {
             f"level {mode}": str(readings["level"]),
-            f"score {mode}": f"{score(readings):.4g}",
+            f"score {mode}": f"{score(derived(readings)):.4g}",
             f"seconds {mode}": f"{seconds:.3f}",
             f"readings {mode}": json.dumps(_finite(readings), separators=(",", ":")),
         }

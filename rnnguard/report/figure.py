@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rnnguard.report.report import Report
 
 # log10 of the bounds of the health table, where a curve is worth a line.
-EXPLODING, FADING, VANISHING = 2.0, math.log10(5e-2), -4.0
+EXPLODING, FADING, VANISHING = 2.0, math.log10(5e-2), -6.0
 LOWEST = -10.0  # log10 R at the foot of the axis; below it nothing is learned anyway
 
 

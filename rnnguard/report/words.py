@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rnnguard.decision.rulebook import Rule
     from rnnguard.report.report import Report
 
-FLOOR = -6  # log10 R below which a sparkline is blank; 1e-4 already counts as vanishing
+FLOOR = -6  # log10 R below which a sparkline is blank, and a memory vanished
 CURVE_WIDTH = 40
 BOUNDLESS = 1000  # a log10 R this far below 0 stands for a gradient that is exactly zero
 BLOCKS = " ▁▂▃▄▅▆▇█"
