@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnguard
 from rnnguard.probe.snapshot import fingerprint
@@ -83,3 +84,31 @@ def test_a_pool_over_the_steps_asks_for_nothing() -> None:
     pooled = Pooled(own=False, every=False)
     report = rnnguard.audit(pooled, None, data, loss=nn.CrossEntropyLoss())
     assert (report["rnn"].memory_needed, report["rnn"].level) == (None, "unknown")
+
+
+class Packed(nn.Module):
+    """Sequences of several lengths, packed by torch's own sorting, read at their ends."""
+
+    def __init__(self, layers: int = 1) -> None:
+        super().__init__()
+        self.rnns = nn.ModuleList(nn.LSTM(5 if i == 0 else H, H) for i in range(layers))
+        self.head = nn.Linear(H, 4)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        for rnn in self.rnns:
+            packed, (h, _) = rnn(packed)
+        return self.head(h[-1])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_rows_that_packing_sorted_meet_their_own_targets(layers: int) -> None:
+    data = []
+    for seed in range(COUNT):
+        x, label = recall(seed)
+        lengths = torch.randint(10, T + 1, (B,), generator=torch.Generator().manual_seed(seed))
+        data.append(((x, lengths), label))
+    report = rnnguard.audit(Packed(layers), None, data, loss=nn.CrossEntropyLoss())
+    first = report["rnns.0"]
+    # The symbol stands at each sequence's own first step, some 10 to T steps before its end.
+    assert first.memory_source == "estimated" and (first.memory_needed or 0) > 20

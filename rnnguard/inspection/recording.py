@@ -117,6 +117,8 @@ class _Recorder(TorchFunctionMode):
         shaped = given or [a for a in args[:1] if isinstance(a, Tensor)]
         node.meta["shape"] = tuple(shaped[0].shape) if shaped else ()
         node.meta["real"] = any(map(_is_real, given))
+        if name == "index_select" and len(args) > 2 and isinstance(args[2], Tensor):
+            node.meta["picks"] = args[2].detach()
         if isinstance(result, tuple | list):
             for position, item in enumerate(result):
                 if isinstance(item, Tensor):

@@ -21,6 +21,8 @@ from rnnguard.inspection.written import relative
 from rnnguard.measurements import Site
 from rnnguard.records import Readout
 
+_NEAR = 12  # calls between a sorted batch and the recurrence that it is packed for
+
 
 @dataclass(frozen=True)
 class SiteInput:
@@ -40,6 +42,19 @@ class FoundSite:
     module: nn.Module
     input: SiteInput
     calls: frozenset[fx.Node]
+
+    @property
+    def order(self) -> Tensor | None:
+        """Which row of the model's batch each of the site's rows is, where packing sorted them."""
+        batch = self.input.x.shape[1]
+        node = min(self.calls, key=lambda call: int(call.meta["order"])).args[0]
+        for _ in range(_NEAR):
+            picks = node.meta.get("picks") if isinstance(node, fx.Node) else None
+            if picks is not None and picks.shape == (batch,):
+                found: Tensor = picks
+                return found
+            node = node.args[0] if isinstance(node, fx.Node) and node.args else None
+        return None
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,13 @@ def _parts(subject: Subject, index: int) -> Iterator[tuple[str, Part]]:
 def _inputs(site: FoundSite | WrittenSite, raw: Any) -> tuple[Tensor | None, Tensor]:
     """The site's own inputs (T, B, F) and lengths; of a hand-written one the model's."""
     if isinstance(site, FoundSite):
-        return site.input.x, site.input.lengths
+        back = None if site.order is None else site.order.argsort()
+        x, lengths = site.input.x, site.input.lengths
+        return (x, lengths) if back is None else (x[:, back], lengths[back])
     for tensor in tensors_in(raw):
-        x = _time_first(tensor, site.record)
-        if x is not None:
-            return x, torch.full((x.shape[1],), len(x))
+        found = _time_first(tensor, site.record)
+        if found is not None:
+            return found, torch.full((found.shape[1],), len(found))
     return None, torch.zeros(0)
 
 
