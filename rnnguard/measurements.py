@@ -28,7 +28,8 @@ class Site(Record):
     `form` is "fused" for torch's modules, "cell" for torch's cells in a loop, and "written"
     for a recurrence that the user spelled out, whose cell is "custom": its recurrent weights
     are named in `weights`, and its hidden size counts all that is carried.
-    `bypass`: the output sees several steps of the input without the recurrence. `padded`:
+    `bypass`: the output sees several steps of the input, or each step states of the past,
+    without the recurrence. `padded`:
     share of the steps that are padding; `picked`: each sequence is read out at an end of its
     own. `remade`: its weights are made anew in each forward, as by weight drop.
     """

@@ -148,3 +148,23 @@ def test_weight_drop_is_told_with_its_gain() -> None:
 def test_weights_that_stay_are_not_told() -> None:
     report = rnnguard.audit(Model(READ["the last step"][0]), inputs=torch.randn(B, T, F))
     assert not report["rnn"].remade
+
+
+def test_attention_over_its_own_past_is_a_way_around() -> None:
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(F + 2 * H, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            past = [x.new_zeros(len(x), H)]
+            for x_t in x.unbind(1):
+                states = torch.stack(past, 1)
+                weights = (states * past[-1][:, None]).sum(-1, keepdim=True).softmax(1)
+                seen = (weights * states).sum(1)
+                past.append(self.cell(torch.cat([x_t, past[-1], seen], 1)).tanh())
+            return past[-1]
+
+    report = rnnguard.audit(Remembering(), inputs=torch.randn(B, T, F))
+    assert [site.bypass for site in report.now.sites] == [True]
+    assert any("its own past" in note for note in report.notes)

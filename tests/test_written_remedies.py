@@ -184,3 +184,26 @@ def test_a_site_to_skip_is_left_alone() -> None:
         model, Adam(model.parameters()), inputs=torch.randn(B, T, IN), memory=T, skip=["own"]
     )
     assert [change.path for change in report.changes] == [None, None]
+
+
+def test_a_frozen_gate_bias_stays() -> None:
+    model = Own("lstm")
+    model.x2h.bias.requires_grad_(False)
+    before = model.x2h.bias.detach().clone()
+    report = rnnguard.stabilize(
+        model,
+        Adam(p for p in model.parameters() if p.requires_grad),
+        inputs=torch.randn(B, T, IN),
+        memory=T,
+    )
+    assert torch.equal(model.x2h.bias.detach(), before)
+    doses = [str(c.dose.get("gates")) for c in report.changes if c.path is not None]
+    assert doses and not any("x2h.bias" in dose for dose in doses)
+
+
+def test_a_gate_bias_of_another_optimizer_stays() -> None:
+    model = Own("lstm")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = Adam(p for name, p in model.named_parameters() if name != "x2h.bias")
+    rnnguard.stabilize(model, optimizer, inputs=torch.randn(B, T, IN), memory=T)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

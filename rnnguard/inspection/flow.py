@@ -8,18 +8,7 @@ from torch import fx
 
 _MATRIX_PRODUCTS = {
     *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "addmm", "addbmm"),
-    *(
-        "baddbmm",
-        "addmv",
-        "einsum",
-        "tensordot",
-        "multi_head_attention_forward",
-        "bilinear",
-        "inner",
-        "outer",
-        "ger",
-        "kron",
-    ),
+    *("baddbmm", "addmv", "einsum", "tensordot", "bilinear", "inner", "outer", "ger", "kron"),
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     "multi_head_attention_forward",
 }

@@ -16,13 +16,12 @@ from rnnguard.inspection.walk import Source, Walk, place
 from rnnguard.records import Readout
 
 
-def readout_of(source: Source) -> Readout:
+def readout_of(walk: Walk) -> Readout:
     """Which part of the recurrence's output the rest of the model reads.
 
     A mixture comes before a single step: the lag to the target is then not that to the end.
     """
-    walk = Walk(source)
-    found = {kind for held in walk.results() if (kind := _kind(held, source.total)) is not None}
+    found = {kind for held in walk.results() if (kind := _kind(held, walk.total)) is not None}
     order: tuple[Readout, ...] = ("all_steps", "pooled", "last_step", "final_state")
     singles = [held for held in walk.results() if len(held.known) == 1 and not held.halves]
     for state in (True, False):
@@ -72,6 +71,6 @@ def source_of_loop(loop: Loop) -> Source:
     return Source(len(loop.carried.states), start, held, set(), False)
 
 
-def picks_own_ends(source: Source) -> bool:
+def picks_own_ends(walk: Walk) -> bool:
     """Whether the step that is read out is chosen sequence by sequence, as by its length."""
-    return any(held.picked for held in Walk(source).results())
+    return any(held.picked for held in walk.results())

@@ -17,6 +17,7 @@ from rnnguard.inspection.native import NativeCall
 from rnnguard.inspection.pathways import is_bypassed, real_lengths, results_of
 from rnnguard.inspection.readout import picks_own_ends, readout_of, source_of_calls
 from rnnguard.inspection.recording import Recording
+from rnnguard.inspection.walk import Walk
 from rnnguard.inspection.written import relative
 from rnnguard.measurements import Site
 from rnnguard.records import Readout
@@ -131,8 +132,8 @@ def _site(module: nn.Module, paths: list[str], calls: list[NativeCall]) -> Found
     cell = cell_of(module)
     assert cell is not None
     first = weights_of(module, *recurrences(module)[0])
-    source = source_of_calls(chain.calls)
-    readout, picked = readout_of(source), picks_own_ends(source)
+    walk = Walk(source_of_calls(chain.calls))
+    readout, picked = readout_of(walk), picks_own_ends(walk)
     lengths = real_lengths(given.x, given.lengths)
     padded = 1 - float(lengths.sum()) / max(1, int(given.lengths.sum()))
     if picked or readout not in ("last_step", "final_state"):

@@ -65,6 +65,11 @@ class Walk:
         self._ends: list[Held] = []
         self._pass()
 
+    @property
+    def total(self) -> int:
+        """How many steps the recurrence has."""
+        return self._source.total
+
     def results(self) -> list[Held]:
         """What the model gives out, or, where that holds nothing, what is computed last."""
         return self._output or self._ends

@@ -106,7 +106,7 @@ class _Step:
         turned = 0
         while isinstance(weight, fx.Node) and _name(weight) in _TURNS:
             weight, turned = weight.args[0], turned + 1
-        if not isinstance(weight, fx.Node) or _name(weight) != "parameter":
+        if not isinstance(weight, fx.Node) or not _is_trained_weight(weight):
             return
         if isinstance(state, fx.Node) and len(weight.meta["shape"]) == 2:
             for start, stop in self._spans(state):
@@ -188,6 +188,11 @@ def _name(node: fx.Node) -> str:
     return str(node.meta.get("name"))
 
 
+def _is_trained_weight(node: fx.Node) -> bool:
+    """Whether the node is a parameter that may change: neither a buffer nor frozen."""
+    return _name(node) == "parameter" and bool(node.meta["trainable"])
+
+
 def _minuend_first(node: fx.Node) -> tuple[Any, Any]:
     first, second = node.args[:2]
     return (second, first) if "rsub" in _name(node) else (first, second)
@@ -205,7 +210,7 @@ def _behind(node: Any, start: int, stop: int, sign: int, opened: bool) -> Iterat
         return
     name = _name(node)
     if name == "parameter" and opened:
-        if len(node.meta["shape"]) == 1:
+        if len(node.meta["shape"]) == 1 and _is_trained_weight(node):
             yield GateBias(str(node.target), start, stop, sign)
     elif name in _SIGMOIDS:
         yield from _behind(node.args[0], start, stop, sign, True)

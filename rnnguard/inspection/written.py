@@ -16,6 +16,7 @@ from rnnguard.inspection.dataflow import is_normalized_behind
 from rnnguard.inspection.loops import Loop
 from rnnguard.inspection.pathways import is_bypassed
 from rnnguard.inspection.readout import picks_own_ends, readout_of, source_of_loop
+from rnnguard.inspection.walk import Walk
 from rnnguard.inspection.wiring import Wiring, wiring_of
 from rnnguard.measurements import Site
 
@@ -96,8 +97,8 @@ def _site(model: nn.Module, loop: Loop, path: str) -> WrittenSite:
     sizes = [tuple(node.meta["shape"]) for node in states]
     batch = sizes[0][0] if sizes[0] else 1
     width = sum(prod(size) // (batch if size and size[0] == batch else 1) for size in sizes)
-    source = source_of_loop(loop)
-    readout = readout_of(source)
+    walk = Walk(source_of_loop(loop))
+    readout = readout_of(walk)
     inside = {node for carried in loop.carried.states for node in carried}
     record = Site(
         path=path,
@@ -122,8 +123,9 @@ def _site(model: nn.Module, loop: Loop, path: str) -> WrittenSite:
         residual=False,
         location=relative(loop.location),
         weights=loop.weights,
-        bypass=is_bypassed(loop.uses[0].graph, inside, loop.steps, readout),
-        picked=picks_own_ends(source),
+        bypass=loop.carried.reads_own_past
+        or is_bypassed(loop.uses[0].graph, inside, loop.steps, readout),
+        picked=picks_own_ends(walk),
     )
     return WrittenSite(record, module, loop, wiring_of(loop))
 

@@ -104,7 +104,9 @@ def _measured_written(subject: Subject, site: WrittenSite, flow: Backflow) -> Si
     named = dict(subject.model.named_parameters())
     own = [named[name] for name in site.record.weights if name in named]
     beside = list(site.module.parameters())
-    trained = _is_trained(subject, site.record, own, lambda: look_untrained(own, beside))
+    biases = {b.bias for g in site.wiring.gates for b in (*g.keep, *g.write)}
+    touched = [*own, *(named[name] for name in sorted(biases) if name in named)]
+    trained = _is_trained(subject, site.record, touched, lambda: look_untrained(own, beside))
     memory = _memory(subject, site.record)
     return measure_written(site, flow, memory, seed=subject.seed, trained=trained)
 

@@ -90,8 +90,8 @@ def _about_the_path(site: SiteReadings) -> Iterator[str]:
     """What lies between the recurrence's own figures and the gradient's real path."""
     if site.bypass:
         yield (
-            "the output also sees several steps of the input without the recurrence; its "
-            "verdict is no more than a risk."
+            "there is a way without the recurrence, from several steps of the input to the output "
+            "or back to states of its own past; its verdict is no more than a risk."
         )
     if site.window < site.steps:
         yield (
