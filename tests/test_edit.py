@@ -145,7 +145,7 @@ def test_write_keeps_the_parameter_and_takes_the_stale_gradient() -> None:
     assert weight.grad is gradient
 
 
-def test_trap_32_write_casts_to_half_precision() -> None:
+def test_write_casts_to_half_precision() -> None:
     weight = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     Edit(nn.Module(), None).write_(weight, torch.full((3,), 1 / 3))
     assert weight.dtype == torch.bfloat16
@@ -160,7 +160,7 @@ def test_write_does_not_broadcast() -> None:
     assert torch.equal(model.head.weight, before)
 
 
-def test_trap_35_a_graph_in_flight_raises() -> None:
+def test_a_graph_in_flight_raises() -> None:
     model = Model()
     loss = model(torch.randn(4, 5, 2)).sum()
     Edit(model, None).write_(model.head.weight, torch.zeros(1, 3))
@@ -168,7 +168,7 @@ def test_trap_35_a_graph_in_flight_raises() -> None:
         loss.backward()
 
 
-def test_trap_5_a_tied_weight_is_written_once_and_stays_tied() -> None:
+def test_a_tied_weight_is_written_once_and_stays_tied() -> None:
     model = nn.Sequential(nn.LSTM(2, 3), nn.LSTM(2, 3))
     model[1].weight_hh_l0 = model[0].weight_hh_l0
     edit = Edit(model, None)
@@ -178,7 +178,7 @@ def test_trap_5_a_tied_weight_is_written_once_and_stays_tied() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_trap_78_write_and_undo_across_grad_modes(mode: Any) -> None:
+def test_write_and_undo_across_grad_modes(mode: Any) -> None:
     model = Model()
     before = model.head.weight.detach().clone()
     edit = Edit(model, None)
@@ -207,14 +207,14 @@ def test_morph_keeps_identity_hooks_aliases_and_keys() -> None:
     assert len(calls) == 2
 
 
-def test_trap_1_the_root_itself_is_morphed() -> None:
+def test_the_root_itself_is_morphed() -> None:
     model = nn.LSTM(2, 3)
     Edit(model, None).morph_(model, NormedLSTM, out_norm=nn.LayerNorm(3))
     assert type(model) is NormedLSTM
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_traps_7_8_children_get_dtype_device_and_mode(dtype: torch.dtype) -> None:
+def test_children_get_dtype_device_and_mode(dtype: torch.dtype) -> None:
     model = nn.LSTM(2, 3).to(device="meta", dtype=dtype)
     model.training = False
     child = nn.Sequential(nn.LayerNorm(3), nn.Dropout())
@@ -244,7 +244,7 @@ def test_undo_of_a_morph_is_bitwise() -> None:
     assert torch.equal(model(inputs), before)
 
 
-def test_trap_24_a_morphed_model_can_be_copied() -> None:
+def test_a_morphed_model_can_be_copied() -> None:
     model = Model()
     Edit(model, None).morph_(model.encoder, NormedLSTM, out_norm=nn.LayerNorm(3))
     twin = copy.deepcopy(model)
@@ -254,7 +254,7 @@ def test_trap_24_a_morphed_model_can_be_copied() -> None:
 # adopt_
 
 
-def test_trap_41_parameters_join_the_group_of_their_sibling() -> None:
+def test_parameters_join_the_group_of_their_sibling() -> None:
     model = Model()
     optimizer = two_groups(model)
     lists = [group["params"] for group in optimizer.param_groups]
@@ -265,7 +265,7 @@ def test_trap_41_parameters_join_the_group_of_their_sibling() -> None:
     assert len(lists[0]) == 2
 
 
-def test_trap_42_names_stay_as_long_as_parameters() -> None:
+def test_names_stay_as_long_as_parameters() -> None:
     model = Model()
     optimizer = OPTIMIZERS["named adam"](model)
     edit = Edit(model, optimizer)
@@ -288,7 +288,7 @@ def test_adopting_twice_adopts_once() -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_trap_9_what_the_optimizer_does_not_train_brings_in_nothing(frozen: bool) -> None:
+def test_what_the_optimizer_does_not_train_brings_in_nothing(frozen: bool) -> None:
     model = Model()
     optimizer = SGD(model.head.parameters(), 0.1)
     model.encoder.requires_grad_(not frozen)
@@ -297,7 +297,7 @@ def test_trap_9_what_the_optimizer_does_not_train_brings_in_nothing(frozen: bool
     adopt_norm(Edit(Model(), None), Model())
 
 
-def test_trap_43_lbfgs_adopts_before_its_first_step_and_refuses_after() -> None:
+def test_lbfgs_adopts_before_its_first_step_and_refuses_after() -> None:
     model = Model()
     model.norm = nn.Identity()  # a batch norm would take the gain back
     optimizer = OPTIMIZERS["lbfgs"](model)
@@ -324,7 +324,7 @@ def test_trap_43_lbfgs_adopts_before_its_first_step_and_refuses_after() -> None:
         lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
     ],
 )
-def test_trap_44_a_scheduler_built_before_goes_on(make: Any) -> None:
+def test_a_scheduler_built_before_goes_on(make: Any) -> None:
     model = Model()
     optimizer = OPTIMIZERS["adam"](model)
     scheduler = make(optimizer)
@@ -568,7 +568,7 @@ def test_retype_is_refused_where_a_schedule_holds_the_old_step() -> None:
 # Nothing to do
 
 
-def test_trap_76_a_second_round_of_the_same_verbs_does_nothing() -> None:
+def test_a_second_round_of_the_same_verbs_does_nothing() -> None:
     model = Model()
     optimizer = OPTIMIZERS["adam"](model)
     train(model, optimizer)
@@ -592,7 +592,7 @@ def test_trap_76_a_second_round_of_the_same_verbs_does_nothing() -> None:
 # undo_
 
 
-def test_trap_74_undo_twice_is_harmless() -> None:
+def test_undo_twice_is_harmless() -> None:
     model = Model()
     optimizer = OPTIMIZERS["adam"](model)
     before = fingerprint(model, optimizer)
@@ -609,7 +609,7 @@ def test_trap_74_undo_twice_is_harmless() -> None:
 
 
 @pytest.mark.parametrize("name", ["adam", "fused adamw"])
-def test_trap_75_undo_after_training_says_what_stays(name: str) -> None:
+def test_undo_after_training_says_what_stays(name: str) -> None:
     model = Model()
     optimizer = OPTIMIZERS[name](model)
     edit = Edit(model, optimizer)
@@ -711,7 +711,7 @@ def test_a_fault_becomes_one_error_that_says_all_is_restored() -> None:
     [KeyboardInterrupt(), SystemExit(3), RefusedError.of("RG906", "", "no", "so")],
     ids=lambda error: type(error).__name__,
 )
-def test_trap_73_interrupts_and_refusals_pass_through_unchanged(error: BaseException) -> None:
+def test_interrupts_and_refusals_pass_through_unchanged(error: BaseException) -> None:
     model = Model()
     optimizer = OPTIMIZERS["adam"](model)
     before = fingerprint(model, optimizer)
@@ -797,7 +797,7 @@ def prepared(name: str, trained: bool, guarded: bool) -> tuple[Model, Optimizer]
     guarded=st.booleans(),
     verbs=st.lists(VERBS, min_size=1, max_size=6),
 )
-def test_trap_72_a_fault_after_each_verb_leaves_an_equal_fingerprint(
+def test_a_fault_after_each_verb_leaves_an_equal_fingerprint(
     name: str, trained: bool, guarded: bool, verbs: list[Verb]
 ) -> None:
     model, optimizer = prepared(name, trained, guarded)
@@ -839,7 +839,7 @@ class InterruptAt:
 
 
 @pytest.mark.parametrize("name", ["named adam", "sgd in two groups"])
-def test_trap_73_an_interrupt_at_any_line_of_any_verb_is_restored(name: str) -> None:
+def test_an_interrupt_at_any_line_of_any_verb_is_restored(name: str) -> None:
     model, optimizer = prepared(name, trained=True, guarded=False)
     before = fingerprint(model, optimizer)
     verbs = [

@@ -125,7 +125,7 @@ def test_a_gradient_that_is_not_finite_is_told_though_its_loss_is() -> None:
     assert (found.median, found.spread) == (0.0, 1.0)
 
 
-def test_trap_60_a_sparse_gradient_counts_with_the_dense_ones() -> None:
+def test_a_sparse_gradient_counts_with_the_dense_ones() -> None:
     class Embedded(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -188,7 +188,7 @@ def test_a_state_kept_from_call_to_call_keeps_its_graph() -> None:
     assert model.state is None
 
 
-def test_trap_77_nothing_of_it_stays() -> None:
+def test_nothing_of_it_stays() -> None:
     model, data = Net(), pairs()
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

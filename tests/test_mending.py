@@ -261,7 +261,7 @@ class Embedded(nn.Module):
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-def test_trap_60_a_sparse_table_keeps_the_steps_unguarded(sparse: bool) -> None:
+def test_a_sparse_table_keeps_the_steps_unguarded(sparse: bool) -> None:
     model = Embedded(sparse)
     optimizer = SGD(model.parameters(), 0.1)
     report = mend(model, torch.randint(7, (BATCH, STEPS)), optimizer)
@@ -286,7 +286,7 @@ class Own(nn.LSTM):
     """A class of the user's own."""
 
 
-def test_trap_12_a_subclass_keeps_its_class_and_gets_values() -> None:
+def test_a_subclass_keeps_its_class_and_gets_values() -> None:
     model = Chain(Own(IN, HIDDEN, batch_first=True))
     optimizer = Adam(model.parameters())
     report = mend(model, noise(1e-3), optimizer)
@@ -311,7 +311,7 @@ class Normed(Chain):
         return output
 
 
-def test_trap_30_no_second_norm_behind_one_of_the_users() -> None:
+def test_no_second_norm_behind_one_of_the_users() -> None:
     model = Normed(lstm())
     report = mend(model, noise(1e-3))
     assert report.before["parts.0"].normalized
@@ -319,7 +319,7 @@ def test_trap_30_no_second_norm_behind_one_of_the_users() -> None:
     assert type(model.parts[0]) is nn.LSTM
 
 
-def test_trap_30_no_second_norm_behind_our_own() -> None:
+def test_no_second_norm_behind_our_own() -> None:
     model, x = Chain(lstm()), noise(1e-3)
     optimizer = Adam(model.parameters())
     assert "layer_norm" in tried(mend(model, x, optimizer))
@@ -347,7 +347,7 @@ class Shared(nn.Module):
         return output
 
 
-def test_traps_2_3_aliases_are_changed_once() -> None:
+def test_aliases_are_changed_once() -> None:
     model = Shared()
     report = mend(model, noise(1e-3))
     assert [site.path for site in report.sites] == ["encoder"]
@@ -363,7 +363,7 @@ def test_traps_2_3_aliases_are_changed_once() -> None:
 
 @pytest.mark.parametrize("frozen", ["weight_hh_l0", "bias_ih_l0", ""])
 @pytest.mark.parametrize("held", [True, False])
-def test_trap_9_a_recurrence_frozen_in_part_is_left_as_it_is(frozen: str, held: bool) -> None:
+def test_a_recurrence_frozen_in_part_is_left_as_it_is(frozen: str, held: bool) -> None:
     model = Chain(lstm())
     for name, parameter in model.parts[0].named_parameters():
         parameter.requires_grad_(frozen not in name)

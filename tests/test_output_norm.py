@@ -95,13 +95,13 @@ def test_keeps_the_dtype(kind: str, dtype: torch.dtype) -> None:
 
 
 @every_kind
-def test_trap_20_one_sequence_without_a_batch(kind: str) -> None:
+def test_one_sequence_without_a_batch(kind: str) -> None:
     module = KINDS[kind](IN, HIDDEN, num_layers=2)
     assert_is_torchs_with_a_norm(module, torch.randn(STEPS, IN), initial_state(module))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_trap_15_projected(bidirectional: bool) -> None:
+def test_projected(bidirectional: bool) -> None:
     module = nn.LSTM(IN, HIDDEN, proj_size=2, bidirectional=bidirectional)
     assert output_width(module) == (4 if bidirectional else 2)
     assert_is_torchs_with_a_norm(module, torch.randn(STEPS, BATCH, IN))
@@ -119,7 +119,7 @@ def test_batch_first_is_the_same_network(kind: str) -> None:
 @every_kind
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("form", [{}, {"num_layers": 2, "bidirectional": True}])
-def test_trap_19_packed_equals_each_sequence_alone(
+def test_packed_equals_each_sequence_alone(
     kind: str, batch_first: bool, form: dict[str, Any]
 ) -> None:
     module = morphed(KINDS[kind](IN, HIDDEN, batch_first=batch_first, **form))
@@ -181,7 +181,7 @@ def test_the_norm_never_magnifies_beyond_its_epsilon(scale: float) -> None:
 
 
 @every_kind
-def test_trap_25_a_plain_checkpoint_lacks_the_norms_keys_only(kind: str) -> None:
+def test_a_plain_checkpoint_lacks_the_norms_keys_only(kind: str) -> None:
     plain = KINDS[kind](IN, HIDDEN, num_layers=2)
     module = morphed(KINDS[kind](IN, HIDDEN, num_layers=2))
     kept = module.output_norm.weight.detach().clone()
@@ -195,14 +195,14 @@ def test_trap_25_a_plain_checkpoint_lacks_the_norms_keys_only(kind: str) -> None
     assert torch.equal(module(x)[0], normed(module, plain(x)[0]))
 
 
-def test_trap_26_a_normed_checkpoint_has_more_than_a_plain_module_takes() -> None:
+def test_a_normed_checkpoint_has_more_than_a_plain_module_takes() -> None:
     state = morphed(nn.GRU(IN, HIDDEN)).state_dict()
     with pytest.raises(RuntimeError, match="Unexpected key"):
         nn.GRU(IN, HIDDEN).load_state_dict(state)
 
 
 @every_kind
-def test_trap_27_functional_call_uses_the_given_weights(kind: str) -> None:
+def test_functional_call_uses_the_given_weights(kind: str) -> None:
     module = morphed(KINDS[kind](IN, HIDDEN))
     x = torch.randn(STEPS, BATCH, IN)
     given = {name: torch.randn_like(value) for name, value in module.named_parameters()}

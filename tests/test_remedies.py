@@ -166,9 +166,7 @@ def test_writes_what_it_concerns_and_nothing_else(name: str, remedy: str) -> Non
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("remedy", VALUES)
-def test_trap_8_writes_in_the_parameters_own_dtype(
-    name: str, dtype: torch.dtype, remedy: str
-) -> None:
+def test_writes_in_the_parameters_own_dtype(name: str, dtype: torch.dtype, remedy: str) -> None:
     exact = CASES[name].build().double()
     module = copy.deepcopy(exact).to(dtype)
     before = kept(module)
@@ -198,7 +196,7 @@ def test_undo_gives_every_bit_back(name: str, remedy: str) -> None:
 
 @every_kind
 @pytest.mark.parametrize("remedy", SEEDED)
-def test_trap_33_the_doses_seed_decides_and_no_global_one(kind: str, remedy: str) -> None:
+def test_the_doses_seed_decides_and_no_global_one(kind: str, remedy: str) -> None:
     def written(seed: int) -> dict[str, Tensor]:
         module = copy.deepcopy(plain)
         before = torch.get_rng_state()
@@ -234,7 +232,7 @@ def touched_kinds(remedy: str) -> set[str]:
 
 @every_case
 @pytest.mark.parametrize("gain", [1.0, 0.5, 3.0])
-def test_trap_31_every_gates_block_is_orthogonal(name: str, gain: float) -> None:
+def test_every_gates_block_is_orthogonal(name: str, gain: float) -> None:
     module = CASES[name].build()
     apply("orthogonal", module, gain=gain)
     for matrix in each(module, "weight_hh"):
@@ -256,7 +254,7 @@ def test_orthogonal_silences_the_biases_of_a_plain_rnn_only(name: str) -> None:
             assert torch.equal(value, wanted)
 
 
-def test_trap_32_orthogonal_in_half_precision_is_rounded_once() -> None:
+def test_orthogonal_in_half_precision_is_rounded_once() -> None:
     module = nn.GRU(IN, HIDDEN, dtype=torch.bfloat16)
     exact = nn.GRU(IN, HIDDEN, dtype=torch.float64)
     apply("orthogonal", module)
@@ -280,7 +278,7 @@ def assert_one_in_each_part(shares: Tensor) -> None:
 
 @every_gated
 @pytest.mark.parametrize("remedy", KEEP_BIASES)
-def test_trap_17_the_whole_dose_lies_in_bias_ih(name: str, remedy: str) -> None:
+def test_the_whole_dose_lies_in_bias_ih(name: str, remedy: str) -> None:
     module, kind = CASES[name].build(), CASES[name].kind
     apply(remedy, module)
     for bias in each(module, "bias_hh"):
@@ -338,7 +336,7 @@ def left_of(module: nn.Module, kind: str, steps: int) -> Tensor:
 
 @pytest.mark.parametrize("remedy", KEEP_BIASES)
 @pytest.mark.parametrize("kind", KEEP)
-def test_trap_18_the_forward_keeps_as_much_as_the_bias_says(kind: str, remedy: str) -> None:
+def test_the_forward_keeps_as_much_as_the_bias_says(kind: str, remedy: str) -> None:
     """With no weights the candidate is 0, and the state falls by the keep gate alone."""
     module = FUSED[kind](IN, HIDDEN).double()
     with torch.no_grad():
@@ -483,9 +481,7 @@ def test_layer_norm_morphs_in_place(name: str) -> None:
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_traps_7_8_the_norm_has_the_recurrences_dtype_and_mode(
-    kind: str, dtype: torch.dtype
-) -> None:
+def test_the_norm_has_the_recurrences_dtype_and_mode(kind: str, dtype: torch.dtype) -> None:
     module = FUSED[kind](IN, HIDDEN).to(dtype).eval()
     plain = copy.deepcopy(module)
     apply("layer_norm", module)
@@ -505,7 +501,7 @@ def test_layer_norm_leaves_cells_and_classes_of_the_users_own_alone(kind: str) -
         assert fingerprint(module) == before
 
 
-def test_trap_76_layer_norm_twice_is_once() -> None:
+def test_layer_norm_twice_is_once() -> None:
     module = nn.LSTM(IN, HIDDEN)
     apply("layer_norm", module)
     before = fingerprint(module)
@@ -514,7 +510,7 @@ def test_trap_76_layer_norm_twice_is_once() -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_traps_41_42_the_norm_joins_the_group_of_its_recurrence(named: bool) -> None:
+def test_the_norm_joins_the_group_of_its_recurrence(named: bool) -> None:
     model = Reader(nn.LSTM(IN, HIDDEN))
     head, rnn = (
         [(name, p) for name, p in model.named_parameters() if name.startswith(path)]
@@ -539,7 +535,7 @@ def test_traps_41_42_the_norm_joins_the_group_of_its_recurrence(named: bool) -> 
     assert changed(module.output_norm, before) == {"weight", "bias"}
 
 
-def test_trap_1_the_norm_of_the_root_has_no_prefix() -> None:
+def test_the_norm_of_the_root_has_no_prefix() -> None:
     model = nn.GRU(IN, HIDDEN)
     optimizer = Adam(model.named_parameters())
     REMEDY["layer_norm"].apply(Edit(model, optimizer), model, {})
@@ -549,7 +545,7 @@ def test_trap_1_the_norm_of_the_root_has_no_prefix() -> None:
 
 
 @pytest.mark.parametrize("held", [False, True])
-def test_trap_9_the_norm_of_a_frozen_recurrence_is_frozen(held: bool) -> None:
+def test_the_norm_of_a_frozen_recurrence_is_frozen(held: bool) -> None:
     model = Reader(nn.GRU(IN, HIDDEN))
     module = model.encoder["rnn"].requires_grad_(False)
     optimizer = SGD((model if held else model.head).parameters(), 0.1)
@@ -577,7 +573,7 @@ def test_the_norm_of_a_half_frozen_recurrence_trains_with_the_other_half() -> No
 
 
 @every_kind
-def test_trap_24_a_normed_model_can_be_copied_and_saved(kind: str) -> None:
+def test_a_normed_model_can_be_copied_and_saved(kind: str) -> None:
     model = Reader(FUSED[kind](IN, HIDDEN))
     apply("layer_norm", model.encoder["rnn"], model)
     x = torch.randn(6, 3, IN)
@@ -758,7 +754,7 @@ def test_chrono_needs_a_bias_and_a_memory(
     assert prescribed("chrono_bias", wanted, site_readings(**site), seed=5) == expected
 
 
-def test_trap_16_without_a_bias_no_gate_is_spread() -> None:
+def test_without_a_bias_no_gate_is_spread() -> None:
     assert prescribed("uniform_gate_bias", {}, site_readings(bias=False)) is None
     assert prescribed("uniform_gate_bias", {}, site_readings(), seed=5) == {"seed": 5}
 

@@ -157,7 +157,7 @@ def test_guard_is_found_by_its_hooks() -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))]
 )
-def test_trap_49_a_copied_optimizer_has_the_key_but_no_guard(copied: Any) -> None:
+def test_a_copied_optimizer_has_the_key_but_no_guard(copied: Any) -> None:
     optimizer = SGD(weights(), 1.0)
     guarded(optimizer, max_norm=1.0)
     twin = copied(optimizer)
@@ -229,7 +229,7 @@ def test_small_gradients_pass_untouched() -> None:
     assert guard.clipped == 0
 
 
-def test_trap_58_the_users_own_clip_leaves_nothing_to_do() -> None:
+def test_the_users_own_clip_leaves_nothing_to_do() -> None:
     optimizer = SGD(weights(), 1.0)
     guard = guarded(optimizer, max_norm=1.0)
     fill_gradients(optimizer)
@@ -241,7 +241,7 @@ def test_trap_58_the_users_own_clip_leaves_nothing_to_do() -> None:
 
 @pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_trap_55_update_norm_is_one_under_a_scaler(fused: bool, unscaled: bool) -> None:
+def test_update_norm_is_one_under_a_scaler(fused: bool, unscaled: bool) -> None:
     params = weights()
     optimizer = SGD(params, 1.0, fused=fused)
     guard = guarded(optimizer, max_norm=1.0)
@@ -256,7 +256,7 @@ def test_trap_55_update_norm_is_one_under_a_scaler(fused: bool, unscaled: bool) 
 
 @pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_trap_56_a_step_that_the_scaler_skips_moves_nothing(fused: bool, on_nonfinite: str) -> None:
+def test_a_step_that_the_scaler_skips_moves_nothing(fused: bool, on_nonfinite: str) -> None:
     params = weights()
     optimizer = SGD(params, 1.0, fused=fused, weight_decay=0.1)
     guard = guarded(optimizer, max_norm=1.0, warmup=4, on_nonfinite=on_nonfinite)
@@ -281,7 +281,7 @@ def closure_over(optimizer: Optimizer, scale: float = 1000.0) -> Callable[[], Te
 
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("kind", [SGD, Nested])
-def test_trap_57_clips_after_the_closures_backward(kind: type[SGD], by_name: bool) -> None:
+def test_clips_after_the_closures_backward(kind: type[SGD], by_name: bool) -> None:
     SGD(weights(), 1.0)
     params = weights()
     optimizer = kind(params, 1.0)
@@ -338,7 +338,7 @@ def test_a_clip_that_cannot_be_done_leaves_no_gap() -> None:
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
-def test_trap_62_no_gradients_at_all() -> None:
+def test_no_gradients_at_all() -> None:
     params = weights()
     optimizer = SGD(params, 1.0)
     guard = guarded(optimizer, max_norm=1.0, on_nonfinite="skip")
@@ -347,7 +347,7 @@ def test_trap_62_no_gradients_at_all() -> None:
     assert (guard.steps, guard.clipped, guard.nonfinite) == (1, 0, 0)
 
 
-def test_trap_59_accumulated_gradients_are_clipped_once() -> None:
+def test_accumulated_gradients_are_clipped_once() -> None:
     params = weights()
     optimizer = SGD(params, 1.0)
     guard = guarded(optimizer, max_norm=1.0)
@@ -359,7 +359,7 @@ def test_trap_59_accumulated_gradients_are_clipped_once() -> None:
 
 
 @pytest.mark.parametrize("on_nonfinite", [None, "propagate"])
-def test_trap_63_no_host_wait(on_nonfinite: Any) -> None:
+def test_no_host_wait(on_nonfinite: Any) -> None:
     optimizer = SGD(weights(), 1.0, foreach=True)
     guard = guarded(optimizer, max_norm=1.0, warmup=5, total_steps=9, on_nonfinite=on_nonfinite)
     with HostWaits() as waits:
@@ -382,7 +382,7 @@ def one_rank(tmp_path: Any) -> Iterator[None]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_trap_67_clips_sharded_parameters(one_rank: None) -> None:
+def test_clips_sharded_parameters(one_rank: None) -> None:
     from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor
 
     mesh = DeviceMesh("cpu", [0])
@@ -411,7 +411,7 @@ SCHEDULERS: list[Callable[[Optimizer], Any]] = [
 
 @pytest.mark.parametrize("guard_first", [False, True])
 @pytest.mark.parametrize("make", SCHEDULERS)
-def test_traps_44_45_schedulers_see_the_users_rate(make: Any, guard_first: bool) -> None:
+def test_schedulers_see_the_users_rate(make: Any, guard_first: bool) -> None:
     def rates_at_rest(settings: dict[str, Any] | None) -> tuple[list[float], list[float]]:
         optimizer = Watching(weights(), 1.0)
         if settings and guard_first:
@@ -455,7 +455,7 @@ def test_a_group_added_later_warms_up_by_itself() -> None:
     assert late[0].item() == -0.5
 
 
-def test_trap_46_tensor_rate_is_scaled_in_place_and_given_back() -> None:
+def test_tensor_rate_is_scaled_in_place_and_given_back() -> None:
     rate = torch.tensor(1.0)
     optimizer = Watching(weights(), rate)
     guarded(optimizer, warmup=4)
@@ -492,7 +492,7 @@ def test_a_learned_rate_keeps_its_graph_and_value() -> None:
 # Steps that nest, raise or are none
 
 
-def test_trap_48_a_nested_step_counts_once() -> None:
+def test_a_nested_step_counts_once() -> None:
     SGD(weights(), 1.0)  # only now does Nested call the hooks twice per step
     params = weights(1)
     optimizer = Nested(params, 1.0)
@@ -510,7 +510,7 @@ def test_trap_48_a_nested_step_counts_once() -> None:
     assert float(guard.last_norm) == 100.0
 
 
-def test_trap_47_a_step_that_raised_is_healed_and_not_counted() -> None:
+def test_a_step_that_raised_is_healed_and_not_counted() -> None:
     optimizer = Watching(weights(), 1.0)
     guard = guarded(optimizer, warmup=10)
     optimizer.fails = True
@@ -548,7 +548,7 @@ def test_a_checkpoint_loaded_after_a_failed_step_keeps_its_own_rate() -> None:
 
 
 @pytest.mark.parametrize("rate", [1.0, torch.tensor(1.0)])
-def test_trap_51_the_phantom_step_of_a_distributed_checkpoint_counts_nothing(rate: Any) -> None:
+def test_the_phantom_step_of_a_distributed_checkpoint_counts_nothing(rate: Any) -> None:
     model = nn.Linear(2, 2)
     optimizer = Adam(model.parameters(), rate, foreach=False, capturable=False)
     guard = guarded(optimizer, max_norm=1.0, warmup=10, on_nonfinite="skip")
@@ -585,7 +585,7 @@ def test_progress_travels_through_a_distributed_checkpoint() -> None:
     assert fresh.param_groups[0][KEY] == 1
 
 
-def test_trap_50_an_older_checkpoint_does_not_take_the_key_away() -> None:
+def test_an_older_checkpoint_does_not_take_the_key_away() -> None:
     optimizer = Watching(weights(), 1.0)
     older = optimizer.state_dict()
     guarded(optimizer, warmup=10)
@@ -601,7 +601,7 @@ def test_trap_50_an_older_checkpoint_does_not_take_the_key_away() -> None:
 
 @pytest.mark.parametrize("by_closure", [False, True])
 @pytest.mark.parametrize("make", EVERY_OPTIMIZER)
-def test_trap_61_skip_changes_nothing_at_all(make: Any, by_closure: bool) -> None:
+def test_skip_changes_nothing_at_all(make: Any, by_closure: bool) -> None:
     params = [nn.Parameter(torch.ones(n)) for n in (3, 4)]
     optimizer = make(params)
     guard = guarded(optimizer, max_norm=1.0, warmup=5, on_nonfinite="skip")
@@ -618,7 +618,7 @@ def test_trap_61_skip_changes_nothing_at_all(make: Any, by_closure: bool) -> Non
     assert optimizer.param_groups[0][KEY] == 1
 
 
-def test_trap_61_propagate_only_counts() -> None:
+def test_propagate_only_counts() -> None:
     params = weights()
     optimizer = SGD(params, 1.0)
     guard = guarded(optimizer, on_nonfinite="propagate")
