@@ -12,23 +12,36 @@ import argparse
 import csv
 import math
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rnnguard
+from rnnguard.rewrite.engagement import BLOCK
+from rnnguard.rewrite.stepguard import GuardSettings, StepGuard
 
 Row = dict[str, str]
 Batch = tuple[Tensor, Tensor]
 OUTPUT = Path(__file__).parent / "results" / "overhead.csv"
 AUDIT_LIMIT = 10.0
 SMALL_LIMIT = 1.0
+GUARD_LIMIT = 1.05
+GUARD_TARGET = f"<= {GUARD_LIMIT:g}"
+FORMS: dict[str, dict[str, Any]] = {
+    "norm": {"max_norm": 1.0},
+    "group": {"clip": "group", "max_norm": 1.0},
+    "value": {"clip": "value", "max_value": 0.01},
+    "percentile": {"clip": "percentile"},
+    "z-score": {"clip": "z_score"},
+}
 
 
 class Reader(nn.Module):
@@ -158,28 +171,92 @@ def small_rows(quick: bool) -> Iterator[Row]:
     yield _row(f"audit, {shape}", later, "s", f"< {SMALL_LIMIT:g}", later < SMALL_LIMIT)
 
 
+class Idle(torch.optim.SGD):
+    """An optimizer whose step moves nothing, so that only what hangs on the step takes time."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Nothing."""
+
+
 def guard_rows(quick: bool) -> Iterator[Row]:
-    """What the guard adds to optimizer.step(), beside clip_grad_norm_ and a scheduler."""
-    plain, clipped, guarded = (Bench(32, 128, 8, 8, layers=2) for _ in range(3))
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(clipped.optimizer, 10**6)
-    rnnguard.stabilize(guarded.model, guarded.optimizer, guarded.batches, loss=guarded.loss,
-                       tiers=("step",), total_steps=10**6, memory=8)  # fmt: skip
-    for bench in (plain, clipped, guarded):
-        bench.train()
+    """What the guard adds to a step, in units of clip_grad_norm_ + scheduler.step()."""
+    bench = Bench(32, 64, 2, 2) if quick else Bench(1400, 1024, 2, 1)
+    bench.train()
+    params = list(bench.model.parameters())
+    count = sum(p.numel() for p in params) / 1e6
+    repeats = 5 if quick else 60
+    for form, clip in FORMS.items():
+        guarded, bare, hand = (Idle(params, lr=1e-3) for _ in range(3))
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(hand, 10**6)
+        schedule = {"warmup": 100, "total_steps": 10**6}
+        StepGuard(GuardSettings(on_nonfinite="propagate", **clip, **schedule)).install(guarded)
+
+        def by_hand(scheduler: Any = scheduler) -> None:
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            scheduler.step()
+
+        hand.step()  # a scheduler warns when it steps first
+        times = paired(guarded.step, bare.step, by_hand, repeats=repeats)
+        ratios = [(guard - idle) / work for guard, idle, work in times]
+        middle, low, high = interval(ratios)
+        name = f"guard by {form} over clip_grad_norm_ + scheduler.step()"
+        yield _row(f"{name}, LSTM of {count:.1f} M", middle, "ratio", GUARD_TARGET,
+                   middle <= GUARD_LIMIT)  # fmt: skip
+        yield _row(f"{name}, 95 % interval from", low, "ratio")
+        yield _row(f"{name}, 95 % interval to", high, "ratio")
+    yield from whole_step_rows(params, repeats // 3 or 1)
+
+
+def whole_step_rows(params: list[nn.Parameter], repeats: int) -> Iterator[Row]:
+    """Whole steps of Adam: bare, with clip and scheduler by hand, and with the guard."""
+    bare, hand, guarded = (torch.optim.Adam(params, lr=1e-9) for _ in range(3))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(hand, 10**6)
+    settings = GuardSettings(max_norm=1.0, warmup=100, total_steps=10**6, on_nonfinite="propagate")
+    StepGuard(settings).install(guarded)
 
     def by_hand() -> None:
-        torch.nn.utils.clip_grad_norm_(clipped.model.parameters(), 1.0)
-        clipped.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        hand.step()
         scheduler.step()
 
-    repeats = 20 if quick else 500
-    steps = (plain.optimizer.step, by_hand, guarded.optimizer.step)
-    bare, hand, guard = seconds(*steps, repeats=repeats)
-    yield _row("optimizer.step(), 10 tensors", 1e6 * bare, "us")
-    yield _row("clip_grad_norm_ + scheduler.step() add", 1e6 * (hand - bare), "us")
-    ratio = (guard - bare) / max(hand - bare, 1e-9)
-    yield _row("the guard adds", 1e6 * (guard - bare), "us")
-    yield _row("the guard over clip_grad_norm_ + scheduler.step()", ratio, "ratio")
+    times = paired(guarded.step, bare.step, by_hand, repeats=repeats)
+    for name, ratios in (
+        (
+            "guarded Adam step over a step with clip and scheduler by hand",
+            [g / h for g, _, h in times],
+        ),
+        ("guarded Adam step over a bare one", [g / b for g, b, _ in times]),
+    ):
+        middle, low, high = interval(ratios)
+        yield _row(name, middle, "ratio")
+        yield _row(f"{name}, 95 % interval from", low, "ratio")
+        yield _row(f"{name}, 95 % interval to", high, "ratio")
+
+
+def paired(*works: Callable[[], object], repeats: int) -> list[list[float]]:
+    """The time of each work in each repeat, over a block of steps; the order turns each time.
+
+    Time is that which the thread has run, so that other load on the machine counts less.
+    """
+    found = []
+    for turn in range(-2, repeats):
+        times = [0.0] * len(works)
+        for place in range(len(works)):
+            index = (place + turn) % len(works)
+            started = time.thread_time()
+            for _ in range(BLOCK):
+                works[index]()
+            times[index] = (time.thread_time() - started) / BLOCK
+        if turn >= 0:
+            found.append(times)
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The median, and its 95 % interval by bootstrap."""
+    draws = random.Random(0)
+    medians = sorted(statistics.median(draws.choices(values, k=len(values))) for _ in range(1000))
+    return statistics.median(values), medians[25], medians[974]
 
 
 def import_rows(quick: bool) -> Iterator[Row]:

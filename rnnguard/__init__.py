@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rnnguard import nn as nn
     from rnnguard import probe as probe
+    from rnnguard.baking import Baked as Baked
+    from rnnguard.baking import bake as bake
     from rnnguard.errors import RefusedError as RefusedError
     from rnnguard.errors import RewriteError as RewriteError
     from rnnguard.errors import RNNGuardError as RNNGuardError
+    from rnnguard.errors import RNNGuardWarning as RNNGuardWarning
     from rnnguard.errors import RulesError as RulesError
     from rnnguard.errors import UndoError as UndoError
     from rnnguard.pipeline import apply as apply
@@ -28,9 +31,12 @@ _PUBLIC = {
     "audit": "rnnguard.pipeline",
     "plan": "rnnguard.pipeline",
     "apply": "rnnguard.pipeline",
+    "bake": "rnnguard.baking",
+    "Baked": "rnnguard.baking",
     "Plan": "rnnguard.records",
     "Report": "rnnguard.report.report",
     "RNNGuardError": "rnnguard.errors",
+    "RNNGuardWarning": "rnnguard.errors",
     "RefusedError": "rnnguard.errors",
     "RewriteError": "rnnguard.errors",
     "RulesError": "rnnguard.errors",

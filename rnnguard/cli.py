@@ -18,6 +18,7 @@ import typer
 
 import rnnguard
 from rnnguard.errors import RNNGuardError, RulesError
+from rnnguard.files import write_text
 
 if TYPE_CHECKING:
     from rnnguard.report import Report
@@ -281,7 +282,7 @@ def _deliver(report: Report, output_format: Format, output: Path | None, quiet: 
     if output is None:
         _print(text.rstrip("\n"))
     else:
-        output.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        write_text(output, text.rstrip("\n") + "\n")
 
 
 def _print(text: str) -> None:

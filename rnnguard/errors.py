@@ -68,6 +68,10 @@ class UndoError(RNNGuardError):
     """Part of the rewrite cannot be taken back without destroying later work."""
 
 
+class RNNGuardWarning(UserWarning):
+    """Something that happened in training and that only the user can judge."""
+
+
 def refuse(reasons: Iterable[Refusal]) -> None:
     """Raises one RefusedError that holds every reason, or nothing when there is none."""
     gathered = tuple(reasons)

@@ -112,6 +112,21 @@ class LayerReadings(Record):
     output_rms: float
 
 
+class Provenance(Record):
+    """Whether weights are trained and what tells so; what is unsure counts as trained."""
+
+    verdict: Literal["untrained", "trained", "unsure"]
+    reason: str
+
+    @property
+    def trained(self) -> bool:
+        return self.verdict != "untrained"
+
+    def __str__(self) -> str:
+        doubt = "not sure to be untrained" if self.verdict == "unsure" else self.verdict
+        return f"the weights are {doubt}: {self.reason}"
+
+
 class SiteReadings(Record):
     """Everything measured at one site.
 
@@ -122,7 +137,8 @@ class SiteReadings(Record):
     `lag_concentration` is the share of the memory needed that already gives half of what
     the data tell, 1 when all of it lies at the longest lag. `carried_over`: the state goes on
     from batch to batch, the gradient does not. `forward_reach`: how many steps ago an input may
-    lie and still be read out of the state by a line, which needs no gradient. What is read
+    lie and still be read out of the state by a line, which needs no gradient. `provenance`: why
+    the weights count as `trained` or not. What is read
     inside torch's own cells is None at a hand-written site, which has no `layer_readings` either.
     """
 
@@ -178,6 +194,7 @@ class SiteReadings(Record):
     output_rms: float | None
     silent_input: bool
     trained: bool
+    provenance: Provenance | None = None
     keep_gate: bool
     entries: tuple[str, ...] = ()
     gates: tuple[str, ...] = ()

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from torch.optim import Optimizer
 
 from rnnguard.decision.diagnosis import diagnose
 from rnnguard.decision.planning import SITE_SCOPES, allowed, matching, prescribed, reason
 from rnnguard.decision.rulebook import Rulebook, Scenario
-from rnnguard.decision.verification import Verdict, distance_from_health, verify
+from rnnguard.decision.verification import Aim, Verdict, distance_from_health, spared, verify
 from rnnguard.errors import Refusal, RewriteError, refuse
 from rnnguard.inspection.gates import is_plain
-from rnnguard.inspection.preflight import sparse_refusals
+from rnnguard.inspection.sites import FoundSite
+from rnnguard.inspection.written import WrittenSite
 from rnnguard.measurements import SiteReadings
-from rnnguard.probe.measurement import Look, measure, optimizer_kind
+from rnnguard.probe.measurement import Look, measure
 from rnnguard.probe.subject import Subject
-from rnnguard.records import Change, Plan, Tier
-from rnnguard.remedies import REMEDIES
+from rnnguard.records import TIERS, Change, Plan, Tier
 from rnnguard.remedies.remedy import Remedy
+from rnnguard.replay import REMEDY, replay, replay_refusals, target
 from rnnguard.rewrite.edit import Edit
 from rnnguard.rewrite.stepguard import refusals_for_clip
-
-_ADAMS = ("adam", "adamw")
-REMEDY: Mapping[str, Remedy] = {remedy.name: remedy for remedy in REMEDIES}
 
 
 @dataclass
@@ -44,12 +39,36 @@ class Mending:
 
     def run(self) -> None:
         """Sites first, since the clip's dose rests on the gradients that they then give."""
-        trained = {site.path: site.trained for site in self.look.measurement.sites}
-        self.subject = replace(self.subject, trained=trained)
+        self._remember_provenance()
         for found in self.look.sites:
             if found.record.path not in self.skip:
                 self._mend_site(found.record.path)
         self._guard_steps()
+
+    def follow(self, changes: list[Change], refusals: list[Refusal]) -> None:
+        """Does what another process decided, and looks at what that gives on this one's data."""
+        self._remember_provenance()
+        self.changes, self.refusals = list(changes), list(refusals)
+        applied = [change for change in changes if change.outcome == "applied"]
+        plan = Plan(changes=tuple(sorted(applied, key=lambda c: TIERS.index(c.tier))))
+        model, optimizer = self.subject.model, self.subject.optimizer
+        assert optimizer is not None
+        # Process 0 has judged whether the weights are trained, for all.
+        against = replay_refusals(model, optimizer, plan)
+        refuse(reason for reason in against if reason.code != "RG902")
+        replay(model, self.edit, plan)
+        if any(change.tier != "step" for change in applied):
+            look = diagnosed(measure(self.subject))
+            self._check(look)
+            self.look = look
+        if any(change.tier == "step" for change in applied):
+            self._note_guard()
+
+    def _remember_provenance(self) -> None:
+        """What is known of the weights before any change, which a remedy must not alter."""
+        sites = self.look.measurement.sites
+        known = {site.path: site.provenance for site in sites if site.provenance is not None}
+        self.subject = replace(self.subject, provenance=known)
 
     def _mend_site(self, path: str) -> None:
         self.refusals += _left_alone(self.look.measurement[path], self.tiers)
@@ -67,7 +86,7 @@ class Mending:
     def _try(self, row: Scenario, why: str, remedy: Remedy, path: str) -> None:
         """Applies one remedy at a site and keeps it only if its reading improved."""
         before = self.look.measurement[path]
-        module = _target(self.subject.model, remedy, path)
+        module = target(self.subject.model, remedy, path)
         if remedy.aim == "health" and distance_from_health(before) == 0:
             return
         change = prescribed(row, why, remedy, before, self.look.measurement.run)
@@ -83,9 +102,7 @@ class Mending:
         assert remedy.aim is not None
         look = diagnosed(measure(self.subject))
         self._check(look)
-        verdict = verify(remedy.aim, before, look.measurement[path])
-        if look.measurement.run.nonfinite and not self.look.measurement.run.nonfinite:
-            verdict = Verdict(False, "loss or gradient became non-finite")
+        verdict = self._judged(remedy.aim, look, path)
         if verdict.kept:
             self.look = look
         else:
@@ -93,6 +110,21 @@ class Mending:
         outcome = "applied" if verdict.kept else "taken back"
         result = {"outcome": outcome, "result": verdict.sentence}
         self.changes.append(change.model_copy(update=result))
+
+    def _judged(self, aim: Aim, look: Look, path: str) -> Verdict:
+        """Whether the change did at `path` what it was made for, and no harm elsewhere."""
+        was, now = self.look.measurement, look.measurement
+        if gone := {site.path for site in was.sites} - {site.path for site in now.sites}:
+            return Verdict(False, f"the model no longer runs {', '.join(sorted(gone))}")
+        if now.run.nonfinite and not was.run.nonfinite:
+            return Verdict(False, "loss or gradient became non-finite")
+        verdict = verify(aim, was[path], now[path])
+        weights = {site.record.path: _weights(self.subject.model, site) for site in self.look.sites}
+        tied = [other for other in weights if other != path and weights[other] & weights[path]]
+        if harmed := [other for other in tied if not spared(was[other], now[other])]:
+            why = f"worse on the same weights: {', '.join(harmed)}"
+            return Verdict(False, f"{verdict.sentence}; {why}")
+        return verdict
 
     def _not_yet_failed(self, change: Change, remedy: Remedy) -> Change | None:
         """The change, with a gentler dose if this one was taken back; None without one."""
@@ -111,17 +143,24 @@ class Mending:
         )
 
     def _may_change(self, remedy: Remedy, path: str, module: nn.Module) -> bool:
-        if remedy.tier != "structure" or is_plain(module):
+        if remedy.tier != "structure":
             return True
-        fact = f"{type(module).__name__} is a class of its own, which is not morphed."
-        self.refusals.append(Refusal("RG910", path, fact, "Only its values are changed."))
+        if not is_plain(module):
+            fact = f"{type(module).__name__} is a class of its own, which is not morphed."
+            cure = "Only its values are changed."
+        elif remedy.adds is not None and hasattr(module, remedy.adds):
+            fact = f"the module has an attribute {remedy.adds} already, which {remedy.name} needs."
+            cure = "Rename it to have this remedy as well."
+        else:
+            return True
+        self.refusals.append(Refusal("RG910", path, fact, cure))
         return False
 
     def _guard_steps(self) -> None:
         optimizer = self.subject.optimizer
         if optimizer is None or "step" not in self.tiers:
             return
-        reasons = [*refusals_for_clip(optimizer), *sparse_refusals(self.subject.model)]
+        reasons = refusals_for_clip(optimizer)
         if reasons:
             self.refusals += reasons
             return
@@ -156,12 +195,20 @@ def diagnosed(look: Look) -> Look:
     return replace(look, measurement=diagnose(look.measurement))
 
 
+def _weights(model: nn.Module, site: FoundSite | WrittenSite) -> set[int]:
+    """The ids of the parameters that the site's remedies may write."""
+    if site.record.form == "written":
+        named = dict(model.named_parameters())
+        return {id(named[name]) for name in site.record.weights if name in named}
+    return {id(parameter) for parameter in site.module.parameters()}
+
+
 def _left_alone(site: SiteReadings, tiers: tuple[Tier, ...]) -> list[Refusal]:
     """The reason that a sick but trained site keeps its weights."""
     sick = site.level not in ("healthy", "unknown", "truncated")
     if not (site.trained and sick and "values" in tiers):
         return []
-    fact = "the weights are trained, frozen, another optimizer's, or not sure to be untrained."
+    fact = f"{site.provenance or 'the weights are trained'}."
     cure = "They are kept; build a new model to have its values chosen."
     return [Refusal("RG902", site.path, fact, cure)]
 
@@ -174,46 +221,3 @@ def _structure_kept(site: SiteReadings, tiers: tuple[Tier, ...]) -> list[Refusal
     fact = "a hand-written recurrence keeps its structure, since its code is the user's."
     cure = "Use a cell of torch or of rnnguard.nn to have its structure changed."
     return [Refusal("RG910", site.path, fact, cure)]
-
-
-def replay(model: nn.Module, optimizer: Optimizer, edit: Edit, plan: Plan) -> tuple[Change, ...]:
-    """Applies a plan as it stands, without a probe; RefusedError when it does not fit."""
-    refuse(_misfits(model, optimizer, plan))
-    for change in plan:
-        remedy = REMEDY[change.remedy]
-        remedy.apply(edit, _target(model, remedy, change.path), change.dose)
-    result = {"outcome": "applied", "result": "replayed from a plan"}
-    return tuple(change.model_copy(update=result) for change in plan)
-
-
-def _target(model: nn.Module, remedy: Remedy, path: str | None) -> nn.Module:
-    """What the remedy works on: the site's module, or the whole model."""
-    return model if path is None or remedy.on_model else model.get_submodule(path)
-
-
-def _misfits(model: nn.Module, optimizer: Optimizer, plan: Plan) -> Iterator[Refusal]:
-    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    cure = "Build the model that the plan was made for, then apply the plan."
-    for change in plan:
-        if change.remedy not in REMEDY:
-            fact = f"the plan names a remedy {change.remedy!r} that does not exist."
-            yield Refusal("RG914", change.path or "", fact, cure)
-        if change.remedy in ("adamw", "amsgrad") and optimizer_kind(optimizer) not in _ADAMS:
-            fact = f"the plan's {change.remedy} is made for Adam, not {type(optimizer).__name__}."
-            yield Refusal("RG915", "optimizer", fact, cure)
-        if change.remedy in REMEDY and REMEDY[change.remedy].on_model:
-            yield from _missing_parameters(model, change)
-        elif change.path is not None and change.path not in paths:
-            fact = "the plan names this path, which the model does not have."
-            yield Refusal("RG915", change.path, fact, cure)
-
-
-def _missing_parameters(model: nn.Module, change: Change) -> Iterator[Refusal]:
-    """The parameters that a hand-written site's change names and the model does not have."""
-    known = dict(model.named_parameters())
-    words = f"{change.dose.get('entries', '')} {change.dose.get('gates', '')}"
-    named = {word.split(":")[0] for word in re.split(r"[\s+/]+", words) if word}
-    for name in sorted(named - set(known)):
-        fact = f"the plan names the parameter {name}, which the model does not have."
-        cure = "Build the model that the plan was made for, then apply the plan."
-        yield Refusal("RG915", change.path or "", fact, cure)

@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 from rnnguard.decision.diagnosis import findings_of
 from rnnguard.decision.rulebook import Rulebook, load_rulebook
-from rnnguard.errors import Refusal, refuse
-from rnnguard.inspection.batches import Batches, Loss, Step, given_batches
+from rnnguard.errors import refuse
+from rnnguard.inspection.batches import Batches, Loss, Step
 from rnnguard.inspection.preflight import (
     optimizer_refusals,
     option_refusals,
-    rewrite_refusals,
     run_refusals,
     skip_refusals,
     tier_refusals,
 )
-from rnnguard.measurements import Measurement
-from rnnguard.mending import REMEDY, Mending, diagnosed, replay
-from rnnguard.probe.gradients import Gradients
-from rnnguard.probe.measurement import Look, measure, run_readings
-from rnnguard.probe.site_demand import with_demands
-from rnnguard.probe.snapshot import untouched
-from rnnguard.probe.subject import Subject, check_runs, guessed_batches
+from rnnguard.inspection.sites import left_alone
+from rnnguard.mending import Mending, diagnosed
+from rnnguard.probe.measurement import Look, measure, unmeasured
+from rnnguard.probe.subject import Subject
 from rnnguard.probe.trial import run_trial
 from rnnguard.probe.trial_readings import with_trial
+from rnnguard.ranks import alike, note, rank, told
 from rnnguard.records import TIERS, Plan, Tier
-from rnnguard.report.notes import NO_SITE, ORDER, audit_findings, notes_of
+from rnnguard.replay import REMEDY, read_plan, replay, replay_refusals
+from rnnguard.report.notes import (
+    ORDER,
+    about_changes,
+    audit_findings,
+    notes_of,
+    replay_notes,
+)
 from rnnguard.report.report import Report
-from rnnguard.rewrite.edit import Edit, transaction
-from rnnguard.rewrite.stepguard import guard_of
+from rnnguard.request import Given, Request, given, looked_at, without
+from rnnguard.rewrite.edit import Edit
+from rnnguard.rewrite.stepguard import engagement_of, guard_of
+from rnnguard.rewrite.transaction import transaction
 
-BATCHES = 8
 Rules = Sequence[str | Path] | str | Path | None
 
 
@@ -62,15 +68,17 @@ def audit(
     kwargs dict when there is no target. memory: steps back that the task needs to look.
     trial: real optimizer steps to take on the data and take back, for readings that only
     training shows (spikes, update sizes, the first non-finite value); needs optimizer and loss.
-    skip: paths of sites that are not reported. Raises RefusedError with all reasons when
-    the model cannot be run.
+    skip: paths of sites, or of what holds them, that are not reported. Raises RefusedError
+    with all reasons when the model cannot be run.
     """
-    rulebook, skip = _rulebook(rules), frozenset(skip)
-    refuse([*option_refusals(memory, None), *run_refusals(model), *skip_refusals(model, skip),
-            *(optimizer_refusals(model, optimizer) if optimizer is not None else ())])  # fmt: skip
-    request = _Request(data, inputs, loss, step, memory, None, seed)
-    subject = _subject(model, optimizer, request)
-    look = _without(diagnosed(_tried(measure(subject), subject, trial)), skip)
+    rulebook, asked = _rulebook(rules), given(model, optimizer)
+    skip = left_alone(asked.model, skip)
+    held = optimizer_refusals(asked.model, asked.optimizer) if asked.optimizer is not None else ()
+    refuse([*option_refusals(memory, None), *asked.audit_refusals(), *run_refusals(asked.model),
+            *skip_refusals(asked.model, skip), *held])  # fmt: skip
+    request = Request(data, inputs, loss, step, memory, None, seed)
+    subject = request.subject(asked)
+    look = without(diagnosed(_tried(measure(subject), subject, trial)), skip)
     findings = (*audit_findings(rulebook, look), *findings_of(rulebook, look.measurement))
     report = Report(
         sites=tuple(site.record for site in look.sites),
@@ -80,7 +88,8 @@ def audit(
         remaining=findings,
         changes=(),
         plan=Plan(),
-        notes=notes_of(look, subject),
+        notes=(*notes_of(look, subject), *asked.notes),
+        live=partial(engagement_of, asked.optimizer),
     )
     return _shown(report, verbose)
 
@@ -104,10 +113,10 @@ def stabilize(
     """Measures, mends in place and measures again; the report shows both and can undo all.
 
     Takes `audit`'s readings options; total_steps: planned optimizer steps (without them the
-    schedule warms up and holds); tiers: what may be changed; skip: sites to leave alone.
+    schedule warms up and holds); tiers: what may be changed; skip: paths to leave alone.
     Raises RefusedError before anything is touched, or RewriteError with all restored.
     """
-    request = _Request(data, inputs, loss, step, memory, total_steps, seed)
+    request = Request(data, inputs, loss, step, memory, total_steps, seed)
     report = _stabilized(model, optimizer, request, tiers, rules, skip, keep=True)
     return _shown(report, verbose)
 
@@ -129,77 +138,91 @@ def plan(
     verbose: bool | None = None,
 ) -> Plan:
     """What `stabilize` would do: done, measured and taken back; replay it with `apply`."""
-    request = _Request(data, inputs, loss, step, memory, total_steps, seed)
+    request = Request(data, inputs, loss, step, memory, total_steps, seed)
     report = _stabilized(model, optimizer, request, tiers, rules, skip, keep=False)
     return _shown(report, verbose).plan
 
 
-def apply(model: nn.Module, optimizer: Optimizer, plan: Plan | dict[str, Any]) -> Report:
-    """Replays a saved plan without a probe; call it before `load_state_dict`.
+def apply(
+    model: nn.Module, optimizer: Optimizer, plan: Plan | dict[str, Any] | str | Path
+) -> Report:
+    """Replays a saved plan without a probe; a second time changes nothing.
 
-    Raises RefusedError (RG915) when model and plan do not fit, before anything is touched.
+    plan: a Plan, its table, or the path of its file; for a wrapped model, one of steps only.
+    To resume in a new process: build the plain model and the optimizer as for the first time,
+    apply the plan, then load the states of both. A checkpoint of a rewritten model fits no plain
+    one: torch names the unexpected keys then, such as `rnn.output_norm.weight`, and this call
+    before the load is the cure. Raises RefusedError with all reasons before anything is touched:
+    a plan that cannot be read (RG924), names or doses that do not fit (RG914, RG915), values or
+    structure for weights that are trained or loaded (RG902).
+
+    Without a guard nothing tells that a gain (`critical_gain`) was applied: it scales what it
+    finds, so that a plan of such values alone is to be applied once.
     """
-    plan = plan if isinstance(plan, Plan) else Plan.model_validate(plan)
-    refuse([*run_refusals(model), *rewrite_refusals(model, optimizer, ())])
-    edit = Edit(model, optimizer)
-    with transaction(edit):
-        changes = replay(model, optimizer, edit, plan)
-    batches = Batches((), "site alone", None, None, None)
-    subject = Subject(model, optimizer, batches, None, None, 0, guarded=True)
-    run = run_readings(subject, Gradients((), None, False), 0.0)
+    asked = given(model, optimizer)
+    with alike():
+        plan = told(read_plan(plan))
+        tiers = [change.tier for change in plan]
+        refuse([*(asked.kept(tiers) or asked.refusals(tiers)),
+                *replay_refusals(asked.model, asked.optimizer, plan)])  # fmt: skip
+    edit = Edit(asked.model, asked.optimizer)
+    with transaction(edit), alike():
+        changes = replay(asked.model, edit, plan)
+        edit.check_commit()
+    nothing = Batches((), "not run", None, None, None)
+    subject = Subject(asked.model, asked.optimizer, nothing, None, None, 0, guarded=True)
     return Report(
         sites=(),
-        before=Measurement(run=run, sites=()),
+        before=unmeasured(subject).measurement,
         after=None,
         findings=(),
         remaining=(),
         changes=changes,
         plan=plan,
-        notes=("Replayed from a plan; nothing was measured.", ORDER),
+        notes=(*replay_notes(plan, changes), *asked.notes, *about_changes(changes), ORDER),
         undo=edit.undo_,
+        live=partial(engagement_of, asked.optimizer),
     )
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What the user said about data and task."""
-
-    data: Any
-    inputs: Any
-    loss: Loss | None
-    step: Step | None
-    memory: int | None
-    total_steps: int | None
-    seed: int
 
 
 def _stabilized(
     model: nn.Module,
     optimizer: Optimizer,
-    request: _Request,
+    request: Request,
     tiers: Sequence[Tier],
     rules: Rules,
     skip: Iterable[str],
     *,
     keep: bool,
 ) -> Report:
-    rulebook, skip = _rulebook(rules), frozenset(skip)
-    options = option_refusals(request.memory, request.total_steps)
-    refuse([*tier_refusals(tiers), *options, *run_refusals(model), *skip_refusals(model, skip),
-            *rewrite_refusals(model, optimizer, skip)])  # fmt: skip
-    subject = _subject(model, optimizer, request)
-    before = diagnosed(measure(subject))
-    refuse([*_no_site(before), *_made_in_forward(model, before)])
-    edit = Edit(model, optimizer)
-    with transaction(edit):
-        mending = Mending(subject, rulebook, edit, tuple(tiers), skip, before)
-        mending.run()
+    asked = given(model, optimizer)
+    tiers = cast("list[Tier]", [tiers] if isinstance(tiers, str) else list(tiers))
+    with alike():
+        rulebook, skip = _rulebook(rules), left_alone(asked.model, skip)
+        options = option_refusals(request.memory, request.total_steps)
+        refuse([*tier_refusals(tiers), *options, *asked.refusals(tiers),
+                *run_refusals(asked.model), *skip_refusals(asked.model, skip),
+                *asked.held_refusals(tiers, skip)])  # fmt: skip
+        subject = request.subject(asked)
+        before = looked_at(subject)
+    edit = Edit(asked.model, asked.optimizer)
+    with transaction(edit), alike():
+        mending = Mending(subject, rulebook, edit, asked.permitted(tiers), skip, before)
+        mending.refusals += asked.kept(tiers)
+        if rank() == 0:
+            mending.run()
+        decided = told((mending.changes, mending.refusals))
+        if rank() > 0:
+            mending.follow(*decided)
+        edit.check_commit()
         if not keep:
             edit.rollback_()
-    return _report(rulebook, before, mending, edit, keep)
+    return _report(rulebook, before, mending, edit, asked, keep)
 
 
-def _report(rulebook: Rulebook, before: Look, mending: Mending, edit: Edit, keep: bool) -> Report:
+def _report(
+    rulebook: Rulebook, before: Look, mending: Mending, edit: Edit, asked: Given, keep: bool
+) -> Report:
     applied = [change for change in mending.changes if change.outcome == "applied"]
     ordered = sorted(applied, key=lambda change: TIERS.index(change.tier))
     planned = [change.model_copy(update={"outcome": "planned"}) for change in ordered]
@@ -213,23 +236,16 @@ def _report(rulebook: Rulebook, before: Look, mending: Mending, edit: Edit, keep
         changes=tuple(mending.changes if keep else planned),
         plan=Plan(changes=tuple(planned)),
         refusals=tuple(mending.refusals),
-        notes=(*notes_of(before, mending.subject), ORDER),
+        notes=(
+            *notes_of(before, mending.subject),
+            *asked.notes,
+            *note(),
+            *about_changes(planned),
+            ORDER,
+        ),
         undo=edit.undo_ if keep and mending.changes else None,
+        live=partial(engagement_of, asked.optimizer),
     )
-
-
-def _subject(model: nn.Module, optimizer: Optimizer | None, request: _Request) -> Subject:
-    given = (request.data, request.inputs, request.loss, request.step)
-    with untouched(model, request.data):
-        batches = given_batches(model, *given, BATCHES)
-    if batches is None:
-        batches = guessed_batches(model, request.memory, request.seed)
-        refuse(_nothing_to_run(batches))
-    guarded = optimizer is not None and guard_of(optimizer) is not None
-    task = (request.memory, request.total_steps, request.seed)
-    subject = Subject(model, optimizer, batches, *task, guarded)
-    check_runs(subject)
-    return with_demands(subject) if request.memory is None else subject
 
 
 def _rulebook(rules: Rules) -> Rulebook:
@@ -237,27 +253,6 @@ def _rulebook(rules: Rules) -> Rulebook:
     rulebook = load_rulebook(folders)
     rulebook.check_remedies(list(REMEDY))
     return rulebook
-
-
-def _no_site(look: Look) -> list[Refusal]:
-    if look.sites:
-        return []
-    fact = "a recurrent module is called that the model does not hold."
-    cure = "Keep the modules in nn.ModuleList or nn.ModuleDict."
-    return [Refusal("RG109", place, fact, cure) for place in look.unregistered] or [NO_SITE]
-
-
-def _made_in_forward(model: nn.Module, look: Look) -> list[Refusal]:
-    """Sites that are not there until the model has run once for good."""
-    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    fact, cure = "the module is made in the first forward.", "Run the model once on a batch first."
-    native = (site.record.path for site in look.sites if site.record.form != "written")
-    missing = (path for path in native if path not in paths)
-    return [Refusal("RG907", path, fact, cure) for path in missing]
-
-
-def _nothing_to_run(batches: Batches) -> list[Refusal]:
-    return [] if batches.batches else [NO_SITE]
 
 
 def _tried(look: Look, subject: Subject, steps: int) -> Look:
@@ -270,17 +265,9 @@ def _tried(look: Look, subject: Subject, steps: int) -> Look:
     return replace(look, measurement=look.measurement.model_copy(update={"run": run}))
 
 
-def _without(look: Look, skip: frozenset[str]) -> Look:
-    """The look without the skipped sites."""
-    kept = tuple(site for site in look.measurement.sites if site.path not in skip)
-    sites = tuple(site for site in look.sites if site.record.path not in skip)
-    measurement = look.measurement.model_copy(update={"sites": kept})
-    return replace(look, measurement=measurement, sites=sites)
-
-
 def _shown(report: Report, verbose: bool | None) -> Report:
-    if verbose:
-        from rich.console import Console
+    if verbose and rank() == 0:
+        from rnnguard.report.text import show
 
-        Console().print(report)
+        show(report)
     return report

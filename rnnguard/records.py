@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rnnguard.errors import RefusedError
+from rnnguard.files import write_text
 
 SCHEMA = 1
 
@@ -28,7 +33,7 @@ Level = Literal[
 Tier = Literal["step", "values", "structure"]
 Severity = Literal["error", "warning", "info"]
 MemorySource = Literal["declared", "estimated", "assumed", "unknown"]
-Basis = Literal["real data", "given inputs", "inferred inputs", "site alone"]
+Basis = Literal["real data", "given inputs", "inferred inputs", "site alone", "not run"]
 Outcome = Literal["planned", "applied", "taken back"]
 OptimizerKind = Literal["sgd", "adam", "adamw", "other", "none"]
 Dose = dict[str, float | int | str | bool | None]
@@ -86,6 +91,55 @@ class Plan(Record):
 
     def to_dict(self) -> dict[str, object]:
         return self.model_dump(mode="json")
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The plan as text; also written to `path` when given, whole or not at all."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        if path is not None:
+            write_text(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Self:
+        """The plan that a file holds, or a text of JSON; nothing in it is run as code.
+
+        Raises RefusedError (RG924) where it cannot be read or is no plan of this schema.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        where = "" if is_text else str(source)
+        try:
+            text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+            data = json.loads(text, parse_constant=_no_number)
+        except (OSError, ValueError) as error:
+            said = error.strerror if isinstance(error, OSError) else str(error)
+            _refuse_plan(where, f"the plan cannot be read ({said}).")
+        return cls.from_dict(data, where)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "") -> Self:
+        """The plan that `to_dict` gave; raises RefusedError (RG924) for anything else."""
+        if not isinstance(data, dict):
+            _refuse_plan(where, f"a plan is a table of changes and not a {type(data).__name__}.")
+        schema = data.get("schema_version", SCHEMA)
+        if schema != SCHEMA or isinstance(schema, bool):
+            fact = f"the plan has schema_version {schema!r}; this rnnguard reads {SCHEMA}."
+            cure = "Make the plan anew, or install the rnnguard that made it."
+            raise RefusedError.of("RG924", where, fact, cure)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the plan"
+            _refuse_plan(where, f"{place} is wrong in the plan: {first['msg']}.")
+
+
+def _refuse_plan(where: str, fact: str) -> NoReturn:
+    cure = "Save one with `report.plan.to_json(path)`."
+    raise RefusedError.of("RG924", where, fact, cure)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def near_miss(name: str, known: list[str]) -> str:

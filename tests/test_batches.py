@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from rnnguard.errors import RefusedError
 from rnnguard.inspection.batches import (
     SAMPLE,
     Batches,
+    cloned,
     given_batches,
     inferred_batches,
     random_projection,
 )
+from rnnguard.inspection.recording import tensors_in
 
 X = torch.randn(8, 6, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8)
@@ -351,3 +355,46 @@ def test_the_projection_does_not_grow_with_the_output() -> None:
         assert output.grad is not None
         norms.append(float(output.grad.norm()))
     assert norms == pytest.approx([1.0, 1.0], rel=0.4)
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+@dataclass(frozen=True)
+class Sized:
+    x: Tensor
+    size: int = field(init=False, default=3)
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda x: x,
+    "nested": lambda x: ([x, "word"], {"a": (x, None)}),
+    "ordered dict": lambda x: OrderedDict(a=x),
+    "mapping of the user's own": lambda x: UserDict(a=x),
+    "named tuple": lambda x: Pair(x, 1),
+    "packed": lambda x: pack_padded_sequence(x, [6, 5, 4, 3, 2, 2, 1, 1], batch_first=True),
+    "dataclass": Sized,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_clone_has_the_form_and_values_but_not_the_memory(form: str) -> None:
+    given = FORMS[form](X.clone())
+    own = cloned(given)
+    assert type(own) is type(given)
+    pairs = list(zip(tensors_in(given), tensors_in(own), strict=True))
+    assert pairs and all(torch.equal(a, b) for a, b in pairs)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in pairs)
+
+
+def test_batches_go_where_the_model_is_as_a_training_loop_sends_them() -> None:
+    model, lengths = nn.LSTM(3, 4, device="meta"), torch.tensor([5, 2])
+    pack = pack_padded_sequence(torch.randn(5, 2, 3), lengths)
+    found = given(model, [((torch.randn(5, 2, 3), lengths), torch.zeros(2)), (pack, lengths)])
+    plain, packed = found.batches
+    assert [t.device.type for t in (*plain.args, plain.target)] == ["meta", "cpu", "meta"]
+    assert (packed.args[0].data.device.type, packed.args[0].batch_sizes.device.type) == (
+        "meta",
+        "cpu",
+    )
+    assert [t.device.type for t in tensors_in(plain.raw)] == ["cpu"] * 3

@@ -454,3 +454,16 @@ def test_the_overhead_of_a_small_audit_is_measured(overhead: ModuleType) -> None
     rows = [*overhead.audit_rows(True), *overhead.growth_rows(True)]
     assert all(float(row["value"]) > 0 for row in rows)
     assert {row["met"] for row in rows} <= {"", "True", "False"}
+
+
+def test_the_cost_of_the_guard_is_measured_for_every_form(overhead: ModuleType) -> None:
+    rows = [*overhead.guard_rows(True)]
+    assert all(float(row["value"]) > 0 for row in rows)
+    judged = [row["figure"] for row in rows if row["target"] == "<= 1.05"]
+    assert len(judged) == 5 and all("LSTM of" in figure for figure in judged)
+
+
+def test_the_interval_of_a_median(overhead: ModuleType) -> None:
+    middle, low, high = overhead.interval([float(n) for n in range(101)])
+    assert middle == 50.0
+    assert 35 < low < 50 < high < 65

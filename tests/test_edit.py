@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
 
-import rnnguard.rewrite
 from rnnguard.errors import RefusedError, RewriteError, UndoError
-from rnnguard.rewrite.edit import Edit, transaction
+from rnnguard.rewrite.edit import Edit
 from rnnguard.rewrite.stepguard import GuardSettings, guard_of
+from rnnguard.rewrite.transaction import transaction
 
 
 class NormedLSTM(nn.LSTM):
@@ -103,7 +100,11 @@ def bits(value: object) -> object:
 
 
 def options_of(group: dict[str, Any]) -> list[tuple[str, object]]:
-    return [(key, copy.copy(value)) for key, value in group.items() if key != "params"]
+    return [
+        (key, bits(value) if isinstance(value, Tensor) else copy.copy(value))
+        for key, value in group.items()
+        if key != "params"
+    ]
 
 
 def fingerprint(model: nn.Module, optimizer: Optimizer) -> list[object]:
@@ -494,7 +495,7 @@ def test_retyped_adam_steps_like_adamw_with_the_same_state(scheduled: bool) -> N
     expected.step()
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert guard.steps == 1
+    assert guard.engagement().steps == 1
     edit.undo_()
     assert type(optimizer) is Adam
     assert optimizer.param_groups[0]["decoupled_weight_decay"] is False
@@ -523,7 +524,7 @@ def test_hooks_fire_on_a_class_that_was_never_built() -> None:
     put_gradients(model)
     weight = model.head.weight.detach().clone()
     optimizer.step()
-    assert guard.steps == guard.clipped == 1
+    assert guard.engagement().steps == guard.engagement().clipped == 1
     assert float((model.head.weight.detach() - weight).norm()) < 1e-3
     assert optimizer.param_groups[0]["its_own"] == optimizer.defaults["its_own"] == 5
     edit.undo_()
@@ -623,12 +624,14 @@ def test_undo_after_training_says_what_stays(name: str) -> None:
         edit.undo_()
     why = (
         "stays, since encoder.weight_ih_l0, encoder.weight_hh_l0, encoder.bias_ih_l0 and 3 more "
-        "changed afterwards. Build the model anew to be without it. (RG917)"
+        "changed afterwards."
     )
+    on_request = "`report.undo(structure=True)` takes it back all the same. (RG917)"
     assert str(partial.value).splitlines() == [
-        f"`encoder`: the class NormedLSTM {why}",
-        f"the training of encoder.out_norm.weight, encoder.out_norm.bias {why}",
-        f"`encoder.weight_hh_l0`: the written value {why}",
+        f"`encoder`: the class NormedLSTM {why} {on_request}",
+        f"the training of encoder.out_norm.weight, encoder.out_norm.bias {why} {on_request}",
+        f"`encoder.weight_hh_l0`: the written value {why} "
+        "Build the model anew to be without it. (RG917)",
     ]
     assert guard_of(optimizer) is None
     assert optimizer.param_groups[0]["amsgrad"] is False
@@ -741,7 +744,7 @@ def test_one_inverse_that_fails_does_not_keep_the_others_from_running() -> None:
     edit.write_(model.head.bias, torch.zeros(1))
     edit.write_(model.head.weight, torch.zeros(1, 3))
     model.head.weight.data = torch.zeros(5)
-    with pytest.raises(ExceptionGroup, match="could not be taken back"):
+    with pytest.raises(UndoError, match=r"`head\.weight`: the written value could not be taken"):
         edit.rollback_()
     assert torch.equal(model.head.bias, bias)
 
@@ -815,52 +818,3 @@ def test_a_fault_after_each_verb_leaves_an_equal_fingerprint(
         verb(edit, model, optimizer)
     edit.undo_()
     assert fingerprint(model, optimizer) == before
-
-
-class InterruptAt:
-    """Raises KeyboardInterrupt at the n-th line run in the rewrite folder."""
-
-    FOLDER = str(Path(rnnguard.rewrite.__file__).parent)
-
-    def __init__(self, line: int) -> None:
-        self.left = line
-
-    def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
-        if not frame.f_code.co_filename.startswith(self.FOLDER):
-            return None
-        # What has begun to be taken back is another matter than what has begun to be done.
-        if frame.f_code.co_name in {"transaction", "__init__"}:
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-        return self
-
-
-@pytest.mark.parametrize("name", ["named adam", "sgd in two groups"])
-def test_an_interrupt_at_any_line_of_any_verb_is_restored(name: str) -> None:
-    model, optimizer = prepared(name, trained=True, guarded=False)
-    before = fingerprint(model, optimizer)
-    verbs = [
-        Verb(each, 1) for each in ("write", "morph", "adopt", "hook", "hook", "tune", "retype")
-    ]
-    outer, line, interrupted = sys.gettrace(), 0, True
-    while interrupted:
-        edit, interrupted = Edit(model, optimizer), False
-        try:
-            with transaction(edit):
-                sys.settrace(InterruptAt(line))
-                for verb in verbs:
-                    verb(edit, model, optimizer)
-                sys.settrace(outer)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            sys.settrace(outer)
-        if interrupted:
-            assert fingerprint(model, optimizer) == before, f"interrupted at line {line}"
-            assert torch.is_grad_enabled()
-            line += 1
-    assert line > 60
-    assert fingerprint(model, optimizer) != before

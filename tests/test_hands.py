@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 HANDS = {
     "rewrite/edit.py": "the one place that changes a model or an optimizer",
     "rewrite/stepguard.py": "clips and schedules inside the optimizer's own step",
+    "rewrite/clipping.py": "brings the gradients of a step down",
+    "rewrite/alarm.py": "copies a count into the host's memory",
     "rewrite/loan.py": "lends the optimizer scaled rates for one step and takes them back",
     "probe/holdings.py": "gives back what the probe touched",
     "probe/snapshot.py": "hides gradients while the probe runs",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from rnnguard.inspection.preflight import (
     rewrite_refusals,
     run_refusals,
     skip_refusals,
-    sparse_refusals,
     tier_refusals,
 )
 
@@ -46,7 +44,6 @@ def test_nothing_to_refuse() -> None:
     assert said(rewrite_refusals(model, SGD(model.parameters()), ())) == []
     assert said(skip_refusals(model, ["encoder.1", "head"])) == []
     assert said(tier_refusals(["step", "values", "structure"])) == []
-    assert sparse_refusals(model) == []
     refuse([])
 
 
@@ -58,21 +55,6 @@ def test_scripted() -> None:
         "`head`: the module is scripted. "
         "Call rnnguard on the plain model, before torch.jit.script. (RG908)"
     ]
-
-
-COMPILED = "the module is compiled. Call rnnguard on the plain model, before torch.compile. (RG909)"
-
-
-@imports_old_torch
-def test_compiled() -> None:
-    assert said(run_refusals(torch.compile(Net()))) == [COMPILED]
-
-
-@imports_old_torch
-def test_compiled_in_place() -> None:
-    model = Net()
-    model.encoder.compile()
-    assert said(run_refusals(model)) == [f"`encoder`: {COMPILED}"]
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
@@ -129,44 +111,15 @@ def test_no_optimizer_at_all() -> None:
     ]
 
 
-def wrapped(name: str, path: str = "") -> str:
-    place, inner = (f"`{path}`: ", f"{path}.module") if path else ("", "module")
-    return (
-        f"{place}the module is wrapped in {name}. "
-        f"Pass `{inner}`, before wrapping: first stabilize, then wrap. (RG901)"
-    )
-
-
-def test_data_parallel() -> None:
-    model = nn.DataParallel(Net())
-    assert said(rewrite_refusals(model, SGD(model.parameters()), ())) == [wrapped("DataParallel")]
-
-
-def test_a_wrapper_further_in() -> None:
-    model = nn.Sequential(nn.DataParallel(Net()))
-    assert said(rewrite_refusals(model, SGD(model.parameters()), ())) == [
-        wrapped("DataParallel", "0")
-    ]
-
-
-def test_averaged_model() -> None:
-    model = torch.optim.swa_utils.AveragedModel(Net())
-    assert said(rewrite_refusals(model, SGD(model.parameters()), ())) == [wrapped("AveragedModel")]
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_process")
-def test_distributed() -> None:
-    model = nn.parallel.DistributedDataParallel(Net())
-    assert said(rewrite_refusals(model, SGD(model.parameters()), ())) == [
-        wrapped("DistributedDataParallel")
+def test_an_optimizer_of_copies() -> None:
+    """What it steps are not the weights that it names, as in old mixed precision."""
+    model = Net()
+    masters = SGD([p.detach().clone().requires_grad_() for p in model.parameters()])
+    optimizer = SGD(model.parameters())
+    optimizer.inner = masters  # type: ignore[attr-defined]
+    assert said(optimizer_refusals(model, optimizer)) == [
+        "`optimizer`: its inner SGD steps copies of the weights and not the weights themselves. "
+        "Clip with what made the copies. (RG904)"
     ]
 
 
@@ -223,14 +176,6 @@ def test_an_unknown_tier() -> None:
     ]
 
 
-def test_sparse() -> None:
-    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.EmbeddingBag(5, 3))
-    assert said(sparse_refusals(model)) == [
-        "`0`: the layer gives sparse gradients. "
-        "Use sparse=False there to have the gradient clipped. (RG905)"
-    ]
-
-
 def test_all_reasons_at_once() -> None:
     model = Net()
     parametrizations.spectral_norm(model.encoder[1], "weight_hh_l0")
@@ -249,3 +194,17 @@ def test_all_reasons_at_once() -> None:
     assert [reason.code for reason in error.reasons] == ["RG911", "RG914", "RG903", "RG904"]
     assert str(error).splitlines() == said(list(error.reasons))
     assert (error.code, error.path) == ("RG911", "head.bias")
+
+
+def test_one_weight_under_two_names_is_no_parametrization() -> None:
+    model = nn.RNN(4, 4)
+    model.weight_hh_l0 = model.weight_ih_l0
+    assert list(rewrite_refusals(model, SGD(model.parameters()), ())) == []
+
+
+def test_a_sparse_parameter_is_looked_into() -> None:
+    model = nn.RNN(4, 4)
+    model.table = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
+    assert list(run_refusals(model)) == []
+    model.table = nn.Parameter(torch.tensor([[0.0, float("inf")]]).to_sparse(), False)
+    assert [reason.path for reason in run_refusals(model)] == ["table"]

@@ -17,13 +17,15 @@ from torch.nn.functional import layer_norm
 from torch.nn.utils.rnn import pack_sequence
 from torch.optim import SGD, Adam, AdamW
 
+from rnnguard.errors import RefusedError, RulesError
 from rnnguard.inspection.gates import is_plain
 from rnnguard.nn import OutputNormGRU, OutputNormLSTM, OutputNormRNN
 from rnnguard.probe.snapshot import fingerprint, same_bits
 from rnnguard.remedies import REMEDIES
+from rnnguard.remedies.clip_gradient import clip_settings
 from rnnguard.remedies.remedy import Remedy
 from rnnguard.rewrite.edit import Edit
-from rnnguard.rewrite.stepguard import guard_of
+from rnnguard.rewrite.stepguard import GuardSettings, guard_of
 
 # torch says so once per process about its own projections.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
@@ -679,6 +681,56 @@ def test_the_clip_rests_on_the_measured_norm(
     wanted: dict[str, Any], run: dict[str, Any], expected: float
 ) -> None:
     assert prescribed("clip_gradient", wanted, **run) == {"max_norm": expected}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "run", "expected"),
+    [
+        ({"by": "group", "factor": 5.0}, {}, {"by": "group", "max_norm": 10.0}),
+        ({"by": "value", "max_value": 0.5, "factor": 5.0}, {}, {"by": "value", "max_value": 0.5}),
+        ({"by": "percentile"}, {}, {"by": "percentile"}),
+        (
+            {"by": "percentile", "percentile": 90.0, "window": 200, "factor": 5.0},
+            {},
+            {"by": "percentile", "percentile": 90.0, "window": 200, "max_norm": 10.0},
+        ),
+        ({"by": "z_score", "factor": 5.0}, {"grad_norm": math.nan}, {"by": "z_score"}),
+    ],
+)
+def test_the_row_chooses_the_form_of_the_clip(
+    wanted: dict[str, Any], run: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    dose = prescribed("clip_gradient", wanted, **run)
+    assert dose == expected
+    settings = clip_settings(dose)
+    assert settings.clip == wanted["by"]
+    assert {key: getattr(settings, key) for key in expected if key != "by"} == {
+        key: value for key, value in expected.items() if key != "by"
+    }
+
+
+def test_a_form_that_does_not_exist_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RulesError, match=r"'percentil'; did you mean 'percentile'\? \(RG914\)"):
+        prescribed("clip_gradient", {"by": "percentil"})
+    with pytest.raises(RulesError, match="names no `max_value`"):
+        prescribed("clip_gradient", {"by": "value"})
+    with pytest.raises(RefusedError, match="RG914"):
+        clip_settings({"by": "percentil"})
+    with pytest.raises(RefusedError, match="Give max_norm"):
+        clip_settings({})
+
+
+def test_the_clip_of_an_older_plan_is_by_norm() -> None:
+    assert clip_settings({"max_norm": 5.0}) == GuardSettings(max_norm=5.0)
+
+
+def test_the_row_may_choose_the_budget_of_broken_steps() -> None:
+    dose = prescribed("nonfinite_guard", {"budget": 3})
+    assert dose == {"on_nonfinite": "skip", "budget": 3}
+    model = nn.GRU(IN, HIDDEN)
+    optimizer = SGD(model.parameters(), 0.1)
+    REMEDY["nonfinite_guard"].apply(Edit(model, optimizer), model, dose)
+    assert guard_of(optimizer).settings.budget == 3
 
 
 BLIND = {"at_least": 20}

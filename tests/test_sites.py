@@ -17,7 +17,12 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
-from rnnguard.inspection.sites import paths_of, recurrent_modules, unregistered_calls
+from rnnguard.inspection.sites import (
+    left_alone,
+    paths_of,
+    recurrent_modules,
+    unregistered_calls,
+)
 
 F, H, T, B = 3, 4, 6, 2
 FUSED: dict[str, tuple[type[nn.RNNBase], dict[str, Any], str]] = {
@@ -431,3 +436,22 @@ def test_shared_weights_name_the_module_that_ran() -> None:
             return self.second(x)
 
     assert only_site(Shared(), torch.randn(B, F)).record.path == "second"
+
+
+@pytest.mark.parametrize(
+    ("skip", "expected"),
+    [
+        ([], set()),
+        (["enc.rnn"], {"enc.rnn", "also.rnn"}),
+        ("also.rnn", {"enc.rnn", "also.rnn"}),
+        (["also"], {"enc", "also", "enc.rnn", "also.rnn"}),
+        (["en"], {"en"}),
+        ([""], {""}),
+    ],
+)
+def test_left_alone_is_the_module_under_all_names_and_what_it_holds(
+    skip: Any, expected: set[str]
+) -> None:
+    shared = Net(nn.GRU(F, H))
+    model = nn.ModuleDict({"enc": shared, "also": shared, "encoder": nn.LSTM(F, H)})
+    assert left_alone(model, skip) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -273,3 +274,74 @@ def test_what_was_taken_back_is_not_tried_again(monkeypatch: pytest.MonkeyPatch)
     assert [change.remedy for change in tried] == ["orthogonal", "critical_gain", "critical_gain"]
     first, second = (float(change.dose["factor"] or 0) for change in tried[1:])
     assert second == pytest.approx(first**0.5, rel=1e-3)
+
+
+@dataclass
+class Sequences:
+    """A batch as a class of the user's own."""
+
+    x: Tensor
+
+
+def in_place(model: Any, x: Any) -> Tensor:
+    """A forward that scales whatever it is given in place."""
+    x = x["x"] if isinstance(x, dict) else x.x if isinstance(x, Sequences) else x
+    logits: Tensor = model.head(model.rnn(x.mul_(0.5))[0][:, -1])
+    return logits
+
+
+HELD: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda x: x,
+    "dict in a tuple": lambda x: ({"x": x},),
+    "dataclass": Sequences,
+}
+
+
+@pytest.mark.parametrize("form", HELD)
+def test_a_forward_that_changes_its_input_in_place(form: str) -> None:
+    """The user's batch stays as it is, and every look sees the same one."""
+    x = 1e-2 * X
+    given, left = HELD[form](x), x.clone()
+    site = rnnguard.audit(Net(in_place), inputs=given, memory=15)["rnn"]
+    assert torch.equal(x, left) and x._version == 0
+    assert site.input_rms == pytest.approx(float(left.pow(2).mean().sqrt()) / 2, rel=1e-4)
+    model = Net(in_place)
+    optimizer = torch.optim.Adam(model.parameters())
+    plan = rnnguard.plan(model, optimizer, inputs=given, memory=15)
+    assert rnnguard.stabilize(model, optimizer, inputs=given, memory=15).plan == plan
+    assert torch.equal(x, left) and len(plan) > 2
+
+
+class Twice(nn.Module):
+    """One net under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = self.two = Net(rnn=nn.LSTM(5, 16, batch_first=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.one(x) + self.two(x.flip(1))
+        return logits
+
+
+@pytest.mark.parametrize("skip", [["one.rnn"], ["two.rnn"], ["one"], ["two"], "two.rnn"])
+def test_what_is_to_be_left_alone_is_left_under_every_name(skip: Any) -> None:
+    model = Twice()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters())
+    report = rnnguard.stabilize(model, optimizer, inputs=X, memory=15, skip=skip)
+    assert {change.path for change in report.changes} == {None}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert rnnguard.audit(model, inputs=X, memory=15, skip=skip).sites == ()
+
+
+@pytest.mark.parametrize("taken", [None, nn.Identity(), "a note"])
+def test_a_name_that_the_user_has_taken_costs_one_remedy_only(taken: Any) -> None:
+    model = Net(rnn=nn.LSTM(5, 16, batch_first=True))
+    model.rnn.output_norm = taken
+    optimizer = torch.optim.Adam(model.parameters())
+    report = rnnguard.stabilize(model, optimizer, inputs=1e-3 * X, memory=15)
+    assert [(r.code, r.path) for r in report.refusals] == [("RG910", "rnn")]
+    assert "output_norm" in str(report.refusals[0])
+    assert "chrono_bias" in {change.remedy for change in report.changes}
+    assert type(model.rnn) is nn.LSTM and model.rnn.output_norm is taken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
@@ -241,3 +242,24 @@ def test_findings_of_every_fix_are_counted() -> None:
     informed: Finding = BY_HAND.model_copy(update={"severity": "info", "fix": "none"})
     text = str(made_up_report(findings=(informed,), remaining=(informed,)))
     assert "1 finding (1 info).\nExplain: rnnguard rule RG201" in text
+
+
+PRINTED = """
+import random
+
+import torch
+
+import rnnguard
+
+random.seed(0)
+before = random.getstate()
+model = torch.nn.GRU(2, 4)
+report = rnnguard.stabilize(model, torch.optim.Adam(model.parameters()), verbose=True)
+assert len(str(report)) > 100
+print("same" if random.getstate() == before else "drawn")
+"""
+
+
+def test_printing_draws_no_random_number(fresh_python: Callable[..., str]) -> None:
+    """In a fresh process, since rich draws one only where it is imported for the first time."""
+    assert fresh_python("-c", PRINTED).splitlines()[-1] == "same"

@@ -264,7 +264,8 @@ def test_the_guard_runs_as_in_training() -> None:
     assert trial.clip == pytest.approx(0.05, rel=1e-3)
     assert trial.clipped == tuple(norm > 0.05 for norm in trial.norms)
     assert trial.clip_fraction > 0.5
-    assert (guard.steps, guard.clipped, guard.last_norm) == (0, 0, None)
+    seen = guard.engagement()
+    assert (seen.steps, seen.clipped, seen.last_norm) == (0, 0, None)
     # The first of four warm-up steps, along a gradient of norm 0.05.
     first = tried(model, optimizer, 1).update_ratios
     moved = [10 ** first[name] * float(p.detach().norm()) for name, p in model.named_parameters()]
@@ -292,7 +293,7 @@ def test_a_guarded_nonfinite_step_moves_nothing() -> None:
     data[1][0][2, 4, 1] = math.nan
     trial = tried(model, optimizer, 6, data=data)
     assert trial.skipped == trial.nonfinite_steps == (1, 4)
-    assert (guard.skipped, guard.nonfinite) == (0, 0)
+    assert (guard.engagement().skipped, guard.engagement().nonfinite) == (0, 0)
 
 
 # Values that are not finite.

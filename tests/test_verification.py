@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from factories import site_readings
 
-from rnnguard.decision.verification import NOTICEABLE, distance_from_health, verify
+from rnnguard.decision.verification import NOTICEABLE, distance_from_health, spared, verify
 
 FADED = math.log10(0.05)
 
@@ -112,3 +112,20 @@ def test_the_sentence_tells_growth_only_where_it_matters() -> None:
         "decay per step 0.990 -> 0.990, max R 1e+06 -> 1"
     )
     assert verify("growth", calm, calm).sentence == "decay per step 0.990 -> 0.990"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({}, {}, True),
+        ({}, {"retention_at_memory": FADED - 1e-3}, False),
+        (SICK, {"retention_at_memory": -9.0 - NOTICEABLE + 1e-6}, True),
+        (SICK, {"retention_at_memory": -9.0 - NOTICEABLE - 1e-6}, False),
+        (SICK, {"retention_at_memory": -0.5}, True),
+        ({}, WILD, False),
+    ],
+)
+def test_a_site_beside_the_one_aimed_at_keeps_its_health(
+    before: dict[str, Any], after: dict[str, Any], expected: bool
+) -> None:
+    assert spared(site_readings(**before), site_readings(**after)) is expected

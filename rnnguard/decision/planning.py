@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from rnnguard.decision.conditions import vocabulary_values
-from rnnguard.decision.rulebook import Rulebook, Scenario
+from rnnguard.decision.rulebook import FORM, Rulebook, Scenario
 from rnnguard.measurements import RunReadings, SiteReadings
 from rnnguard.records import Change, Dose, Tier
 
@@ -65,4 +65,5 @@ def allowed(
 def _wanted(row: Scenario, remedy: str, values: Mapping[str, Any]) -> Dose:
     """The row's dose with the names of readings replaced by what was read."""
     asked = row.dose.get(remedy, {})
-    return {key: values[v] if isinstance(v, str) else v for key, v in asked.items()}
+    named = {key for key, value in asked.items() if isinstance(value, str) and key != FORM}
+    return {key: values[str(v)] if key in named else v for key, v in asked.items()}

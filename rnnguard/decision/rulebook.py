@@ -15,6 +15,8 @@ from rnnguard.decision.conditions import VOCABULARY, When
 from rnnguard.errors import Refusal, RulesError
 from rnnguard.records import SCHEMA, Record, Severity, Tier, near_miss
 
+# A remedy's dose under this key is a word of its own and no reading.
+FORM = "by"
 Code = Field(pattern=r"^RG\d{3}$")
 Name = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
 
@@ -70,7 +72,8 @@ class Scenario(Row):
     """Which situation calls for which combination of remedies, with doses, reason and source.
 
     The first matching row of each scope wins: at a site one for its recurrence, one for its
-    input and one for its output, and one for the run. A dose is a number or the name of a reading.
+    input and one for its output, and one for the run. A dose is a number or the name of a
+    reading, and `by` the name of a form of the remedy.
     """
 
     id: str = Name
@@ -89,8 +92,8 @@ class Scenario(Row):
         for remedy, parameters in self.dose.items():
             if remedy not in self.apply:
                 raise ValueError(f"dose of '{remedy}', which the row does not apply")
-            for value in parameters.values():
-                if isinstance(value, str) and value not in VOCABULARY:
+            for key, value in parameters.items():
+                if isinstance(value, str) and key != FORM and value not in VOCABULARY:
                     hint = near_miss(value, list(VOCABULARY))
                     raise ValueError(f"'{value}' is not a reading; {hint}")
         if self.scope == "run" and self.when.concerns_site:

@@ -57,6 +57,12 @@ def verify(aim: Aim, before: SiteReadings, after: SiteReadings) -> Verdict:
     return Verdict(kept, sentence)
 
 
+def spared(before: SiteReadings, after: SiteReadings) -> bool:
+    """Whether a change aimed at another site has cost this one no health."""
+    was = distance_from_health(before)
+    return distance_from_health(after) <= was + (NOTICEABLE if was else 0.0)
+
+
 _READINGS: dict[Aim, tuple[str, Callable[[SiteReadings], float]]] = {
     "input": ("input drive", lambda site: site.input_drive or 0.0),
     "output": ("output rms", lambda site: site.output_rms or 0.0),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from operator import length_hint
 from typing import Any
@@ -44,6 +45,8 @@ class Batches:
     per_epoch: int | None
     loss: Loss | None
     step: Step | None
+    consumed: bool = False
+    """Whether the model changes its input in place, so that each run needs a copy of its own."""
 
     @property
     def has_loss(self) -> bool:
@@ -55,6 +58,10 @@ class Batches:
             return self.step(model, batch.raw)
         return model(*batch.args, **batch.kwargs)
 
+    def fresh(self, batch: Batch) -> Batch:
+        """The batch as it was given, for one run of the model."""
+        return cloned(batch) if self.consumed else batch
+
     def scalar(self, output: Any, batch: Batch, seed: int) -> Tensor | None:
         """The loss, or without one a fixed random projection of all outputs."""
         if self.step is not None:
@@ -62,6 +69,46 @@ class Batches:
         if self.loss is not None:
             return self.loss(_as_loss_takes(output, self.loss), batch.target)
         return random_projection(output, seed)
+
+
+def cloned(value: Any) -> Any:
+    """The same with tensors of its own, inside all that `tensors_in` looks into."""
+    return _with_tensors(value, Tensor.clone)
+
+
+def _moved(value: Any, device: torch.device, *, lengths: bool = False) -> Any:
+    """The same on the device; lengths stay where packing wants them, if asked for."""
+
+    def move(tensor: Tensor) -> Tensor:
+        counts = tensor.dim() == 1 and not tensor.is_floating_point()
+        return tensor if lengths and counts else tensor.to(device)
+
+    if isinstance(value, PackedSequence):
+        return value.to(device=device)  # type: ignore[call-arg]
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device, lengths=lengths) for item in value)
+    return _with_tensors(value, move)
+
+
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with every tensor that `tensors_in` finds changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, MutableMapping):
+        same = copy.copy(value)
+        same.update({key: _with_tensors(item, change) for key, item in value.items()})
+        return same
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_with_tensors(item, change) for item in value))
+    if type(value) in (tuple, list):
+        return type(value)(_with_tensors(item, change) for item in value)
+    if is_dataclass(value):
+        own = copy.copy(value)
+        for each in fields(value):
+            item = _with_tensors(getattr(value, each.name), change)
+            object.__setattr__(own, each.name, item)
+        return own
+    return value
 
 
 def random_projection(output: Any, seed: int) -> Tensor | None:
@@ -101,7 +148,7 @@ def given_batches(
         if inputs is None:
             return None
         args, kwargs = _arguments(model, inputs)
-        batch = Batch(args, kwargs, None, inputs)
+        batch = _where_the_model_is(model, Batch(args, kwargs, None, inputs))
         return Batches((batch,), "given inputs", None, None, step)
     if _is_one_pair(data):
         raw, per_epoch = [data], None
@@ -149,15 +196,25 @@ def _batch(model: nn.Module, item: Any, step: Step | None) -> Batch:
         return Batch((), {}, None, item)
     if isinstance(item, tuple | list) and len(item) == 2:
         args, kwargs = _arguments(model, item[0])
-        return Batch(args, kwargs, item[1], item)
+        return _where_the_model_is(model, Batch(args, kwargs, item[1], item))
     if isinstance(item, Tensor):
-        return Batch((item,), {}, None, item)
+        return _where_the_model_is(model, Batch((item,), {}, None, item))
     raise RefusedError.of(
         "RG912",
         "data",
         f"a batch is a {type(item).__name__}, not a pair (inputs, target).",
         "Give pairs, or `step=` a function step(model, batch) that gives the loss.",
     )
+
+
+def _where_the_model_is(model: nn.Module, batch: Batch) -> Batch:
+    """The batch on the model's device, where a training loop would move it from the CPU."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    given = {t.device.type for t in tensors_in((batch.args, batch.kwargs))}
+    if device.type == "cpu" or given != {"cpu"}:
+        return batch
+    args, kwargs = _moved((batch.args, dict(batch.kwargs)), device, lengths=True)
+    return Batch(args, kwargs, _moved(batch.target, device), batch.raw)
 
 
 def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from rnnguard.errors import Refusal
 from rnnguard.inspection.gates import parameter_name, recurrences
 from rnnguard.inspection.sites import recurrent_modules
+from rnnguard.inspection.wrappers import copies_weights, is_sharded, local_part
 from rnnguard.records import TIERS, near_miss
 
 _OLD_STYLE = ("_g", "_v", "_orig", "_raw")
@@ -25,10 +25,6 @@ def run_refusals(model: nn.Module) -> Iterator[Refusal]:
         if isinstance(module, torch.jit.ScriptModule):
             yield Refusal("RG908", path, "the module is scripted.", _before("torch.jit.script"))
             break
-    for path, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
-            yield Refusal("RG909", path, "the module is compiled.", _before("torch.compile"))
-            break
     yield from _weights_refused(model)
 
 
@@ -37,8 +33,9 @@ def _weights_refused(model: nn.Module) -> Iterator[Refusal]:
     named = list(model.named_parameters())
     lazy = [n for n, p in named if isinstance(p, UninitializedParameter)]
     meta = [n for n, p in named if n not in lazy and p.is_meta]
-    sound = [(n, p.detach()) for n, p in named if n not in lazy and n not in meta]
-    broken = [n for n, p in sound if not bool(torch.isfinite(p).all())]
+    # Of a sharded tensor each process looks at its own part.
+    sound = [(n, local_part(p.detach())) for n, p in named if n not in lazy and n not in meta]
+    broken = [n for n, p in sound if not bool(torch.isfinite(_dense(p)).all())]
     inference = [n for n, p in sound if p.is_inference()]
     rebuild_outside = "Build the model outside of torch.inference_mode."
     rerun = "Run the model once on a batch first."
@@ -55,6 +52,10 @@ def _weights_refused(model: nn.Module) -> Iterator[Refusal]:
             yield Refusal(code, names[0], f"{fact}{more}.", cure)
 
 
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
 def _before(wrapper: str) -> str:
     return f"Call rnnguard on the plain model, before {wrapper}."
 
@@ -63,7 +64,6 @@ def rewrite_refusals(
     model: nn.Module, optimizer: Optimizer, skip: Iterable[str]
 ) -> Iterator[Refusal]:
     """Further reasons why model and optimizer cannot be rewritten."""
-    yield from _wrappers(model)
     left_alone = set(skip)
     for path, module in recurrent_modules(model).items():
         if path not in left_alone:
@@ -72,7 +72,7 @@ def rewrite_refusals(
 
 
 def optimizer_refusals(model: nn.Module, optimizer: Optimizer) -> Iterator[Refusal]:
-    """The optimizer must hold parameters of this model and no others."""
+    """The optimizer must hold parameters of this model and no others, and step them itself."""
     if not isinstance(optimizer, Optimizer):
         fact = f"a {type(optimizer).__name__} is not a torch.optim.Optimizer."
         yield Refusal("RG904", "optimizer", fact, "Pass the optimizer object itself.")
@@ -86,33 +86,24 @@ def optimizer_refusals(model: nn.Module, optimizer: Optimizer) -> Iterator[Refus
         count = f"holds {len(foreign)} of {len(held)} parameters"
         fact = f"{count} that are not this model's: {shapes}{more}."
         cure = "Build it from this model's parameters, or pass one module that holds them all."
+        if any(map(is_sharded, model.parameters())) and not any(map(is_sharded, foreign)):
+            cure = "fully_shard makes new parameters: build the optimizer after it."
         yield Refusal("RG904", "optimizer", fact, cure)
-
-
-def _wrappers(model: nn.Module) -> Iterator[Refusal]:
-    for path, module in model.named_modules():
-        name = type(module).__name__
-        if isinstance(module, _wrapper_classes()):
-            place = f"{path}." if path else ""
-            cure = f"Pass `{place}module`, before wrapping: first stabilize, then wrap."
-            yield Refusal("RG901", path, f"the module is wrapped in {name}.", cure)
-
-
-def _wrapper_classes() -> tuple[type[Any], ...]:
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
-    from torch.optim.swa_utils import AveragedModel
-
-    classes: tuple[type[Any], ...] = (DataParallel, DistributedDataParallel, AveragedModel)
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-        classes = (*classes, FullyShardedDataParallel, FSDPModule)
-    return classes
+    elif len(meshes := {getattr(p, "device_mesh", None) for p in held}) > 1:
+        spread = "sharded and plain" if None in meshes else "differently sharded"
+        fact = f"holds {spread} parameters, whose gradients have no common norm."
+        cure = "Call fully_shard on the whole model, or give each kind an optimizer of its own."
+        yield Refusal("RG925", "optimizer", fact, cure)
+    if (inner := copies_weights(optimizer)) is not None:
+        fact = f"its inner {inner} steps copies of the weights and not the weights themselves."
+        yield Refusal("RG904", "optimizer", fact, "Clip with what made the copies.")
 
 
 def _parametrized(path: str, module: nn.Module) -> Iterator[Refusal]:
     cure = f'Remove the parametrization or leave this site out with `skip=["{path}"]`.'
-    own = [name for name, _ in module.named_parameters(recurse=False)]
+    # With duplicates, since one weight may stand under two names of its module.
+    held = module.named_parameters(recurse=False, remove_duplicate=False)
+    own = [name for name, _ in held]
     names = {name.removesuffix(s) for name in own for s in _OLD_STYLE if name.endswith(s)}
     # Weight drop sets a plain tensor in the parameter's place at every forward.
     names |= {name for name in _weight_names(module) if name not in own}
@@ -152,13 +143,3 @@ def tier_refusals(tiers: Iterable[str]) -> Iterator[Refusal]:
         if tier not in TIERS:
             fact = f"{tier!r} is not a tier;"
             yield Refusal("RG914", "tiers", fact, near_miss(tier, list(TIERS)))
-
-
-def sparse_refusals(model: nn.Module) -> list[Refusal]:
-    """Layers whose sparse gradients have no norm together with dense ones."""
-    cure = "Use sparse=False there to have the gradient clipped."
-    return [
-        Refusal("RG905", path, "the layer gives sparse gradients.", cure)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -84,6 +84,14 @@ def paths_of(model: nn.Module, module: nn.Module) -> list[str]:
 def recurrent_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every registered recurrent module under its first path."""
     return {p: m for p, m in model.named_modules() if is_recurrent(m) and cell_of(m) is not None}
+
+
+def left_alone(model: nn.Module, skip: Iterable[str]) -> frozenset[str]:
+    """The paths to leave alone, all that lie below them, and every other path to these modules."""
+    given = {skip} if isinstance(skip, str) else set(skip)
+    named = list(model.named_modules(remove_duplicate=False))
+    inside = {id(m) for p, m in named if any(f"{p}.".startswith(f"{own}.") for own in given)}
+    return frozenset(given | {path for path, module in named if id(module) in inside})
 
 
 def find_sites(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, NoReturn
 
+import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from rnnguard.errors import Refusal, RefusedError, RNNGuardWarning
 
 # Safe for silent input: at zero variance the norm multiplies gradients by 1/sqrt(eps).
 EPSILON = 1e-3
@@ -16,11 +20,54 @@ class _OutputNorm(nn.Module):
 
     output_norm: nn.LayerNorm
 
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        weight = next(self.parameters())
+        norm = output_norm(output_width(self))
+        self.output_norm = norm.to(device=weight.device, dtype=weight.dtype)
+
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         output, state = super().forward(input, hx)
-        if isinstance(output, PackedSequence):
-            return output._replace(data=self.output_norm(output.data)), state
-        return self.output_norm(output), state
+        if not isinstance(output, PackedSequence):
+            return self.output_norm(output), state
+        if torch.onnx.is_in_onnx_export():
+            return self._norm_padded(output), state
+        normed = self.output_norm(output.data)
+        # Not by `_replace`: torch.compile would warn of a `.grad` that it looks at.
+        order = (output.sorted_indices, output.unsorted_indices)
+        return PackedSequence(normed, output.batch_sizes, *order), state
+
+    def _norm_padded(self, packed: PackedSequence) -> PackedSequence:
+        """The same through padding: ONNX has no packed form, only packing undone by padding."""
+        plain = PackedSequence(packed.data, packed.batch_sizes)
+        padded, lengths = pad_packed_sequence(plain)
+        steps = torch.arange(padded.shape[0], device=padded.device).unsqueeze(1)
+        # In floats, since ONNX gives the lengths as int32 where torch has int64. The padding
+        # must be 0 again: the exporter takes this packing and the user's padding as one.
+        ended = steps.float() >= lengths.to(padded.device).float()
+        normed = self.output_norm(padded).masked_fill(ended.unsqueeze(2), 0.0)
+        again = pack_padded_sequence(normed, lengths)
+        return packed._replace(data=again.data, batch_sizes=again.batch_sizes)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks first; its own error would name an annotation."""
+        fact = f"torch.jit.script cannot compile an {type(self).__name__}."
+        cure = "Use torch.jit.trace, torch.export or torch.onnx.export."
+        raise RefusedError.of("RG923", "", fact, cure)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        """As torch does; tells why keys are missing where the checkpoint is an older one."""
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        here = {key for key in state_dict if key.startswith(prefix)}
+        if here and not any(key.startswith(f"{prefix}output_norm.") for key in here):
+            fact = "the checkpoint is from before the rewrite, which has added `output_norm`."
+            cure = (
+                "Load it into the plain model (`report.undo(structure=True)` gives it back), or "
+                "with `strict=False` to keep the norm as it is."
+            )
+            said = str(Refusal("RG915", prefix.removesuffix("."), fact, cure))
+            # Not an error: torch does not say here whether the load is a strict one.
+            warnings.warn(said, RNNGuardWarning, stacklevel=2)
 
 
 class OutputNormRNN(_OutputNorm, nn.RNN):

@@ -61,6 +61,7 @@ def gradient_norms(model: nn.Module, batches: Batches, seed: int) -> Gradients:
     norms: list[float] = []
     losses: list[float] = []
     for batch in _spread(batches.batches):
+        batch = batches.fresh(batch)
         scalar = batches.scalar(batches.forward(model, batch), batch, seed)
         if scalar is None or not scalar.requires_grad:
             continue

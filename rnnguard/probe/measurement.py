@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from rnnguard.inspection.batches import Batches
 from rnnguard.inspection.loops import Loop, find_loops
-from rnnguard.inspection.provenance import look_untrained, looks_untrained
+from rnnguard.inspection.neighbours import layers_behind, parts_of, spans_of
+from rnnguard.inspection.progress import progress_of
+from rnnguard.inspection.provenance import provenance_of, provenance_of_written
 from rnnguard.inspection.recording import Recording, record, tensors_in
 from rnnguard.inspection.sites import (
     FoundSite,
@@ -20,7 +23,7 @@ from rnnguard.inspection.sites import (
     unregistered_calls,
 )
 from rnnguard.inspection.written import WrittenSite, rounds, written_sites
-from rnnguard.measurements import Measurement, RunReadings, Site, SiteReadings
+from rnnguard.measurements import Measurement, Provenance, RunReadings, Site, SiteReadings
 from rnnguard.probe.backflow import Backflow
 from rnnguard.probe.carryover import carried_over, kept_tensors
 from rnnguard.probe.gradients import Gradients, gradient_norms
@@ -68,6 +71,13 @@ def measure(subject: Subject) -> Look:
     return Look(measurement, found, tuple(rounds(loops)), unregistered, signature)
 
 
+def unmeasured(subject: Subject) -> Look:
+    """What is known of a model that must not be run: the optimizer's facts, and no site."""
+    batches = Batches((), "not run", None, None, None)
+    run = run_readings(replace(subject, batches=batches), Gradients((), None, False), 0.0)
+    return Look(Measurement(run=run, sites=()), (), (), (), ())
+
+
 def _with_carryover(
     subject: Subject, recording: Recording, sites: list[SiteReadings]
 ) -> tuple[list[SiteReadings], bool]:
@@ -96,19 +106,23 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 def _measured(subject: Subject, site: FoundSite) -> SiteReadings:
     own = list(site.module.parameters(recurse=False))
-    trained = _is_trained(subject, site.record, own, lambda: looks_untrained(site.module))
-    return measure_site(site, _memory(subject, site.record), seed=subject.seed, trained=trained)
+    beside = layers_behind(subject.model, site.record.path)
+    known = _provenance(subject, site.record, own, lambda: provenance_of(site.module, beside))
+    memory = _memory(subject, site.record)
+    readings = measure_site(site, memory, seed=subject.seed, trained=known.trained)
+    return readings.model_copy(update={"provenance": known})
 
 
 def _measured_written(subject: Subject, site: WrittenSite, flow: Backflow) -> SiteReadings:
     named = dict(subject.model.named_parameters())
     own = [named[name] for name in site.record.weights if name in named]
-    beside = list(site.module.parameters())
     biases = {b.bias for g in site.wiring.gates for b in (*g.keep, *g.write)}
     touched = [*own, *(named[name] for name in sorted(biases) if name in named)]
-    trained = _is_trained(subject, site.record, touched, lambda: look_untrained(own, beside))
+    parts = parts_of(site.record.weights, spans_of(site.wiring), named)
+    known = _provenance(subject, site.record, touched, lambda: provenance_of_written(parts))
     memory = _memory(subject, site.record)
-    return measure_written(site, flow, memory, seed=subject.seed, trained=trained)
+    readings = measure_written(site, flow, memory, seed=subject.seed, trained=known.trained)
+    return readings.model_copy(update={"provenance": known})
 
 
 def _memory(subject: Subject, site: Site) -> Memory:
@@ -116,34 +130,18 @@ def _memory(subject: Subject, site: Site) -> Memory:
     return memory_needed(site, subject.memory, demand, subject.real_length)
 
 
-def _is_trained(
-    subject: Subject, site: Site, own: list[nn.Parameter], untrained: Callable[[], bool]
-) -> bool:
+def _provenance(
+    subject: Subject, site: Site, own: list[nn.Parameter], look: Callable[[], Provenance]
+) -> Provenance:
     """As found at the first look, since remedies must not change the answer; else looked up."""
-    known = subject.trained.get(site.path)
-    if known is not None:
-        return known
-    # Frozen weights, and those of another optimizer, are as their owner wants them.
-    if any(not parameter.requires_grad for parameter in own):
-        return True
-    if subject.optimizer is not None:
-        held = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in held for p in own) or _has_stepped(subject.optimizer):
-            return True
-    return not untrained()
-
-
-def _has_stepped(optimizer: Optimizer) -> bool:
-    """Whether the optimizer has moved a parameter; some make their state before any step."""
-    states = list(optimizer.state.values())
-    steps = [float(state["step"]) for state in states if "step" in state]
-    return max(steps) > 0 if steps else any(states)
+    known = subject.provenance.get(site.path)
+    return known or progress_of(own, subject.optimizer) or look()
 
 
 def recorded(subject: Subject, index: int, kept: Iterable[Tensor] = ()) -> Recording:
     """One of the batches run and recorded."""
     batches, model = subject.batches, subject.model
-    batch = batches.batches[index]
+    batch = batches.fresh(batches.batches[index])
     inputs = batch.raw if batches.step is not None else (batch.args, batch.kwargs)
     return record(lambda: batches.forward(model, batch), model, inputs, kept)
 

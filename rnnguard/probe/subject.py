@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rnnguard.errors import Refusal, RefusedError, refuse
-from rnnguard.inspection.batches import Batch, Batches, inferred_batches
+from rnnguard.inspection.batches import Batch, Batches, cloned, inferred_batches
 from rnnguard.inspection.gates import is_single_step
 from rnnguard.inspection.recording import tensors_in
 from rnnguard.inspection.sites import recurrent_modules
+from rnnguard.measurements import Provenance
 from rnnguard.probe.demand import Demand
 from rnnguard.probe.gradients import parameter_gradients
 from rnnguard.probe.snapshot import untouched
@@ -32,7 +33,7 @@ class Subject:
     total_steps: int | None
     seed: int
     guarded: bool
-    trained: Mapping[str, bool] = field(default_factory=dict)
+    provenance: Mapping[str, Provenance] = field(default_factory=dict)
     demands: Mapping[str, Demand] = field(default_factory=dict)
 
     @property
@@ -47,9 +48,14 @@ class Subject:
         return self.batches.basis in ("real data", "given inputs")
 
 
-def check_runs(subject: Subject) -> None:
-    """Raises RefusedError (RG912) with torch's own words when the model or loss cannot run."""
-    batches, batch = subject.batches, subject.batches.batches[subject.largest]
+def check_runs(subject: Subject) -> Subject:
+    """The subject, which then knows whether the model changes its input in place.
+
+    Raises RefusedError (RG912) with torch's own words when the model or loss cannot run.
+    """
+    batches, batch = subject.batches, cloned(subject.batches.batches[subject.largest])
+    mine = [t for t in tensors_in(batch) if not t.is_inference()]
+    versions = [tensor._version for tensor in mine]
     stage = "step" if batches.step is not None else "model"
     try:
         with untouched(subject.model, optimizer=subject.optimizer):
@@ -74,6 +80,8 @@ def check_runs(subject: Subject) -> None:
         cure = f"Give what it takes; {_expected(subject.model)}."
         raise RefusedError.of("RG912", stage, fact, cure) from error
     refuse([] if reason is None else [reason])
+    consumed = [tensor._version for tensor in mine] != versions
+    return replace(subject, batches=replace(batches, consumed=consumed))
 
 
 def _no_gradient(batches: Batches, stage: str, scalar: Tensor | None) -> Refusal | None:

@@ -123,6 +123,7 @@ class Training:
 
     def _loss(self, batch: Batch) -> Tensor:
         batches = self._subject.batches
+        batch = batches.fresh(batch)
         self.stage = "forward"
         output = batches.forward(self._subject.model, batch)
         self.stage = "loss"

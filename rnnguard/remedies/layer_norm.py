@@ -30,4 +30,5 @@ LAYER_NORM = Remedy(
     summary="LayerNorm over each step's output, on torch's fused kernel; adds two parameters.",
     apply=_apply,
     aim="output",
+    adds="output_norm",
 )

@@ -1,6 +1,11 @@
-"""What a step does with a gradient that is not finite: skip it, or pass it on and count."""
+"""What a step does with a gradient that is not finite: skip it, or pass it on and count.
+
+Either way `budget` such steps in a row, by default 10, end in a warning (RG413).
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -13,12 +18,14 @@ from rnnguard.rewrite.schedule import GuardSettings
 
 def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dose | None:
     """Skipping needs the norm on the host, which on a GPU would make every step wait."""
-    return {"on_nonfinite": "skip" if run.device == "cpu" else "propagate"}
+    budget: Dose = {"budget": wanted["budget"]} if "budget" in wanted else {}
+    return {"on_nonfinite": "skip" if run.device == "cpu" else "propagate"} | budget
 
 
 def _apply(edit: Edit, model: nn.Module, dose: Dose) -> None:
-    skips = dose["on_nonfinite"] == "skip"
-    edit.hook_(GuardSettings(on_nonfinite="skip" if skips else "propagate"))
+    policy: Any = dose["on_nonfinite"]
+    budget = int(dose.get("budget") or GuardSettings.budget)
+    edit.hook_(GuardSettings(on_nonfinite=policy, budget=budget))
 
 
 NONFINITE_GUARD = Remedy(

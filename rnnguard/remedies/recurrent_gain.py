@@ -25,7 +25,9 @@ def _bounded(block: Tensor, projection: Tensor | None, target: float) -> Tensor:
     """The block scaled down to the target radius; one that is within it stays as it is."""
     square = block if projection is None else projection.detach() @ block
     radius = spectral_radius(square)
-    return block * min(1.0, target / radius) if radius > 0 else block
+    # What was scaled before comes out at the target only up to rounding, and is within it.
+    within = target * (1 + max(1e-6, torch.finfo(block.dtype).eps))
+    return block * (target / radius) if radius > within else block
 
 
 RECURRENT_GAIN = Remedy(

@@ -36,6 +36,8 @@ class Remedy:
     on_model: bool = False
     gentler: Callable[[Dose], Dose] | None = None
     prescription: Prescribe | None = None
+    adds: str | None = None
+    """The child that it gives the site's module."""
 
     def prescribe(self, wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dose | None:
         return wanted if self.prescription is None else self.prescription(wanted, site, run)

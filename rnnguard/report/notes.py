@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rnnguard.decision.diagnosis import audit_finding
 from rnnguard.decision.rulebook import Rulebook
@@ -11,7 +11,7 @@ from rnnguard.inspection.written import relative
 from rnnguard.measurements import SiteReadings
 from rnnguard.probe.measurement import Look
 from rnnguard.probe.subject import Subject
-from rnnguard.records import Finding
+from rnnguard.records import Change, Finding, Plan
 
 ORDER = (
     "Order: stabilize, then compile or wrap, then build the scheduler, then EMA copies, "
@@ -37,7 +37,7 @@ def audit_findings(rulebook: Rulebook, look: Look) -> list[Finding]:
     """What the inspection saw beside the readings: no site, made-up input, unregistered cells."""
     found = []
     basis = look.measurement.run.basis
-    if not look.sites:
+    if not look.sites and basis != "not run":
         found.append(audit_finding(rulebook, "RG003", f"0 sites: {NO_SITE.fact}"))
     if basis == "inferred inputs":
         text = "the batch was made up from the first layer: the figures describe noise, not data."
@@ -55,9 +55,18 @@ def audit_findings(rulebook: Rulebook, look: Look) -> list[Finding]:
     return found
 
 
+def replay_notes(plan: Plan, changes: Sequence[Change]) -> tuple[str, ...]:
+    """What a replay rests on, and how much of the plan was in place already."""
+    notes = ["Replayed from a plan; nothing was measured."]
+    if idle := len(plan) - len(changes):
+        notes.append(f"{idle} of the plan's {len(plan)} changes found their work done already.")
+    return tuple(notes)
+
+
 def notes_of(look: Look, subject: Subject) -> tuple[str, ...]:
     run, notes = look.measurement.run, []
-    notes.append(f"Rests on {run.basis}; graph recorded while the model ran.")
+    told = f"Rests on {run.basis}; graph recorded while the model ran."
+    notes.append("The model was not run: nothing was measured." if run.basis == "not run" else told)
     if run.trial_steps:
         told = f"Trial: {run.trial_steps} real steps, all taken back"
         first = f"; first non-finite value: {run.first_nonfinite}" if run.first_nonfinite else ""
@@ -86,8 +95,26 @@ def notes_of(look: Look, subject: Subject) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def about_changes(changes: Iterable[Change]) -> Iterator[str]:
+    """What a rewrite asks of the user: copies of the model know nothing of new parameters."""
+    added = [change for change in changes if change.tier == "structure"]
+    if added:
+        places = ", ".join(f"`{change.path or '(model)'}`" for change in added)
+        yield (
+            f"Parameters were added at {places}: make EMA copies (AveragedModel) again, since an "
+            "older one would pair its parameters wrongly."
+        )
+        yield (
+            f"Checkpoints from now on hold new keys at {places}: save the plan beside them with "
+            "`report.plan.to_json(path)`, and call `rnnguard.apply(model, optimizer, path)` on a "
+            "plain model before it loads one."
+        )
+
+
 def _about_the_path(site: SiteReadings) -> Iterator[str]:
-    """What lies between the recurrence's own figures and the gradient's real path."""
+    """What the weights are, and what lies between the figures and the gradient's real path."""
+    if site.provenance is not None and site.trained:
+        yield f"{site.provenance}; their values are kept."
     if site.bypass:
         yield (
             "there is a way without the recurrence, from several steps of the input to the output "

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import rnnguard
 from rnnguard.errors import Refusal, RulesError
+from rnnguard.files import write_text
 from rnnguard.measurements import Measurement, Site, SiteReadings
 from rnnguard.records import SCHEMA, SEVERITIES, Change, Finding, Level, Plan, Severity, near_miss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console, ConsoleOptions, RenderResult
+
+    from rnnguard.rewrite.stepguard import Engagement
 
 
 class Report:
@@ -38,7 +41,8 @@ class Report:
         plan: Plan,
         refusals: tuple[Refusal, ...] = (),
         notes: tuple[str, ...] = (),
-        undo: Callable[[], None] | None = None,
+        undo: Callable[..., tuple[Refusal, ...]] | None = None,
+        live: Callable[[], Engagement | None] = lambda: None,
     ) -> None:
         self.sites = sites
         self.before = before
@@ -50,6 +54,15 @@ class Report:
         self.refusals = refusals
         self.notes = notes
         self._undo = undo
+        self._live = live
+
+    @property
+    def live(self) -> Engagement | None:
+        """How the step guard has engaged up to now: steps, share clipped, spikes, skips, norms.
+
+        None without a guard. Reading it waits for the device; the steps themselves do not.
+        """
+        return self._live()
 
     @property
     def now(self) -> Measurement:
@@ -82,14 +95,24 @@ class Report:
         still = {(finding.code, finding.path) for finding in self.remaining}
         return tuple(f for f in self.findings if (f.code, f.path) not in still)
 
-    def undo(self) -> str:
-        """Takes every change back; gives one sentence that says what was taken back."""
+    def undo(self, *, structure: bool = False) -> str:
+        """Takes every change back; gives one sentence that says what was taken back.
+
+        Once training has moved on, only the step guard and the optimizer's options go, and
+        UndoError (RG917) says what stays. With `structure` the added classes and parameters go
+        as well, the values stay as trained, and the sentence says so.
+        """
         if self._undo is None:
             return "There is nothing to undo."
-        self._undo()
+        staying = self._undo(structure=True) if structure else self._undo()
+        if staying:
+            return f"Taken back but for this: {' '.join(map(str, staying))}"
         self._undo = None
-        count = sum(change.outcome == "applied" for change in self.changes)
-        return f"{count} {'change' if count == 1 else 'changes'} taken back."
+        applied = [change for change in self.changes if change.outcome == "applied"]
+        count = f"{len(applied)} {'change' if len(applied) == 1 else 'changes'} taken back."
+        if all(change.tier != "structure" for change in applied):
+            return count
+        return f"{count} Checkpoints made in between load after `rnnguard.apply` of `report.plan`."
 
     def exceeds(self, fail_on: Severity) -> tuple[Finding, ...]:
         """The remaining findings at or above a severity."""
@@ -129,6 +152,7 @@ class Report:
             refusals=self.refusals,
             notes=self.notes,
             undo=self._undo,
+            live=self._live,
         )
 
     def assert_clean(self, fail_on: Severity = "error", ignore: Iterable[str] = ()) -> None:
@@ -160,16 +184,20 @@ class Report:
         finite: dict[str, Any] = _finite(data)
         return finite
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+    def to_json(self, path: str | Path | None = None) -> str:
+        """`to_dict` as text; also written to `path` when given, whole or not at all."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        if path is not None:
+            write_text(path, text)
+        return text
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """One self-contained page; also written to `path` when given."""
+        """One self-contained page; also written to `path` when given, whole or not at all."""
         from rnnguard.report.html import page
 
         text = page(self)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_text(path, text)
         return text
 
     def plot(self, ax: Axes | None = None) -> Axes:

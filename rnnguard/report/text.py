@@ -1,17 +1,25 @@
 """The terminal view of a report: readable at 80 columns, with and without colour."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import io
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import IO, TYPE_CHECKING
+
+# rich draws from Python's random numbers when it is imported: a printed report must not
+# change what a training run draws next.
+_drawn_so_far = random.getstate()
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+random.setstate(_drawn_so_far)
 
 import rnnguard
 from rnnguard.measurements import SiteReadings
@@ -47,7 +55,7 @@ def view(report: Report, *, ascii_only: bool = False) -> Iterator[RenderableType
     if report.sites:
         yield _table(report)
         yield from _curves(report, _ASCII_BLOCKS if ascii_only else BLOCKS)
-    elif not report.changes:
+    elif not report.changes and report.now.run.basis != "not run":
         yield Text(NO_SITES, style="bold red")
     yield from brief(report)
 
@@ -83,6 +91,11 @@ def plain(
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
+def show(report: Report) -> None:
+    """Prints the view on the terminal."""
+    Console().print(report)
+
+
 def _header(report: Report) -> Iterator[Text]:
     run = report.now.run
     versions = f"rnnguard {rnnguard.__version__}   torch {run.torch}"
@@ -90,6 +103,9 @@ def _header(report: Report) -> Iterator[Text]:
     yield Text(f"{versions}   {setting}", style="bold")
     made_up = run.basis not in ("real data", "given inputs")
     basis = f"rests on {run.basis} ({counted(run.batches, 'batch', 'es')})"
+    if run.basis == "not run":
+        yield Text("the model was not run", style="yellow")
+        return
     yield Text(basis, style="yellow" if made_up else "")
     losses = [f"{look.run.loss:.4g}" for _, look in report.looks if look.run.loss is not None]
     loss = f"loss before training {' -> '.join(losses)}   " if losses else ""

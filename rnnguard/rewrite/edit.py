@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
-from rnnguard.errors import Refusal, RefusedError, RewriteError, RNNGuardError, UndoError
+from rnnguard.errors import Refusal, RefusedError, RewriteError, UndoError, refuse
 from rnnguard.probe.snapshot import same_bits
+from rnnguard.records import TIERS, Tier
 from rnnguard.rewrite.footprint import Footprint
+from rnnguard.rewrite.requirements import (
+    adoption_faults,
+    adoption_refusals,
+    check_names,
+    check_shape,
+    given_back,
+    group_of,
+    lists_without,
+    retyping_refusals,
+)
 from rnnguard.rewrite.stepguard import GuardSettings, StepGuard, guard_of
+from rnnguard.rewrite.undolog import InTheWay, Inverse, UndoLog
 
 Options = dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class _Inverse:
-    """The way back from one verb; right also when the verb got only half-way."""
-
-    run: Callable[[], None]
-    path: str = ""
-    stays: str | None = None
-    """What stays, in words, where taking it back would destroy later training."""
 
 
 class Edit:
@@ -39,23 +38,27 @@ class Edit:
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self._model = model
         self._optimizer = optimizer
-        self._log: list[_Inverse] = []
         self._footprint = Footprint(model)
+        self._log = UndoLog(self._footprint)
+        self._first: dict[int, tuple[Tensor, Tensor]] = {}
+        """Each written tensor with the values that it had at first."""
+        self._added: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []
 
     def write_(self, param: Tensor, value: Tensor) -> None:
         """Gives `param` the values of `value` in its own dtype; its stale gradient goes."""
-        if value.shape != param.shape:
-            raise ValueError(f"a value of shape {tuple(value.shape)} for {tuple(param.shape)}")
+        check_shape(param, value)
         if same_bits(param, value.to(param)):
             return
-        old, gradient, touched = param.detach().clone(), param.grad, self._footprint.saved()
+        old, gradient = param.detach().clone(), param.grad
 
         def inverse() -> None:
             param.detach().copy_(old)
-            param.grad = gradient
-            self._footprint.restore(touched)
+            # The model may have moved to another device since.
+            param.grad = None if gradient is None else gradient.to(param.device)
 
-        self._log.append(_Inverse(inverse, self._footprint.name(param), "the written value"))
+        name = self._footprint.name(param)
+        self._log.append(Inverse(inverse, "values", name, "the written value"))
+        self._first.setdefault(id(param), (param, old))
         # Not through .data: the backward pass of a graph in flight must raise, not go wrong.
         # Not in a no_grad block: an interrupt at its end would leave gradients off for good.
         param.detach().copy_(value.detach())
@@ -64,19 +67,20 @@ class Edit:
 
     def morph_(self, module: nn.Module, cls: type[nn.Module], **children: nn.Module) -> None:
         """Makes `module` a `cls` with these child modules; it stays the same object."""
-        for name in children:
-            if hasattr(module, name):
-                raise ValueError(f"{type(module).__name__} has an attribute {name!r} already")
-        before, touched = type(module), self._footprint.saved()
+        check_names(module, children)
+        before = type(module)
 
         def inverse() -> None:
+            if type(module) is not cls and type(module) is not before:
+                raise InTheWay(f"the module has become a {type(module).__name__} since")
+            module.__class__ = before
             for name, child in children.items():
                 if getattr(module, name, None) is child:
                     delattr(module, name)
-            module.__class__ = before
-            self._footprint.restore(touched)
 
-        self._log.append(_Inverse(inverse, self.path_of(module), f"the class {cls.__name__}"))
+        self._added.append((module, tuple(children.values())))
+        what = f"the class {cls.__name__}"
+        self._log.append(Inverse(inverse, "structure", self.path_of(module), what))
         like = next(module.parameters(), None)
         for child in children.values():
             if like is not None:
@@ -88,28 +92,53 @@ class Edit:
             module.add_module(name, child)
         self._footprint.touch_untouched(module.parameters())
 
+    def bake_(self, module: nn.Module, plain: type[nn.Module], hook: nn.Module) -> None:
+        """Makes `module` torch's own `plain` again; `hook` does what its class did on top."""
+        before, children = type(module), list(module._modules)
+
+        def inverse() -> None:
+            if type(module) is not plain and type(module) is not before:
+                raise InTheWay(f"the module has become a {type(module).__name__} since")
+            # Without its children the morph itself was taken back, and plain is right.
+            if list(module._modules) == children:
+                module.__class__ = before
+            for key in [key for key, known in module._forward_hooks.items() if known is hook]:
+                del module._forward_hooks[key]
+
+        path = self.path_of(module)
+        self._log.append(Inverse(inverse, "structure", path, f"the class {plain.__name__}"))
+        module.__class__ = plain
+        # Before all other hooks, as it was part of the forward that came before them.
+        module.register_forward_hook(hook, prepend=True)
+
     def adopt_(self, params: Mapping[str, nn.Parameter], like: nn.Parameter) -> None:
         """Lets the optimizer train `params` in the group that holds `like`, if one does."""
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        home = next((g for g in groups if any(p is like for p in g["params"])), None)
+        home = group_of(self._optimizer, like)
         if home is None:
             return
         optimizer = self._present_optimizer()
-        if isinstance(optimizer, LBFGS) and optimizer.state:
-            fact = "LBFGS has taken a step and cannot take up parameters any more."
-            raise RefusedError.of("RG906", "", fact, "Stabilize before the first step.")
-        held = {id(param) for group in groups for param in group["params"]}
+        refuse(adoption_refusals(optimizer))
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
         new = {name: param for name, param in params.items() if id(param) not in held}
         if not new:
             return
 
+        remaining: list[tuple[list[Any], list[Any]]] = []
+
         def inverse() -> None:
-            for group in optimizer.param_groups:
-                _take_out_(group, {id(param) for param in new.values()})
+            if adoption_refusals(optimizer):
+                raise InTheWay("LBFGS has taken a step with them")
+            # Known before the first list is cut, since names go by the place of their parameter.
+            if not remaining:
+                remaining[:] = lists_without(optimizer, {id(param) for param in new.values()})
+            for held, kept in remaining:
+                held[:] = kept
+            remaining.clear()
             for param in new.values():
                 optimizer.state.pop(param, None)
 
-        self._log.append(_Inverse(inverse, "", f"the training of {', '.join(new)}"))
+        what = f"the training of {', '.join(new)}"
+        self._log.append(Inverse(inverse, "structure", "", what))
         # In place: a new group breaks schedulers, and LBFGS keeps an alias of the list.
         home["params"].extend(new.values())
         if "param_names" in home:
@@ -119,18 +148,21 @@ class Edit:
         """The optimizer's one guard, which now does what `settings` ask for as well."""
         optimizer = self._present_optimizer()
         present = guard_of(optimizer)
-        guard = StepGuard(settings) if present is None else present
-        earlier = guard.settings
-        if present is not None and earlier.merged(settings) == earlier:
+        guard = StepGuard(GuardSettings()) if present is None else present
+        earlier, asked = guard.settings, guard.settings.merged(settings)
+        if present is not None and asked == earlier:
             return guard
 
         def inverse() -> None:
-            guard.settings = earlier
-            if present is None:
+            try:
+                guard.settings = given_back(guard.settings, asked, earlier)
+            except RefusedError as senseless:
+                raise InTheWay("a later request to the guard rests on it") from senseless
+            if guard.settings == GuardSettings():
                 guard.remove(optimizer)
 
-        self._log.append(_Inverse(inverse))
-        guard.settings = earlier.merged(settings)
+        self._log.append(Inverse(inverse, "step"))
+        guard.settings = asked
         if present is None:
             guard.install(optimizer)
         return guard
@@ -148,10 +180,7 @@ class Edit:
         before = type(optimizer)
         if before is cls:
             return
-        # Schedulers bind the step function that they find to the optimizer object.
-        if "step" in vars(optimizer) and inspect.unwrap(cls.step) != inspect.unwrap(before.step):
-            fact = f"a schedule has bound {before.__name__}.step to the optimizer."
-            raise RefusedError.of("RG906", "", fact, "Build the schedule after stabilizing.")
+        refuse(retyping_refusals(optimizer, cls))
         # torch makes `step` call hooks class by class, when a first instance is built.
         build: Callable[..., Optimizer] = cls
         defaults = build([torch.zeros(1, device="cpu")]).defaults
@@ -160,9 +189,11 @@ class Edit:
             new["decoupled_weight_decay"] = defaults["decoupled_weight_decay"]
 
         def inverse() -> None:
+            if type(optimizer) is not cls and type(optimizer) is not before:
+                raise InTheWay(f"the optimizer has become a {type(optimizer).__name__} since")
             optimizer.__class__ = before
 
-        self._log.append(_Inverse(inverse))
+        self._log.append(Inverse(inverse, "step"))
         optimizer.__class__ = cls
         self._set_(lambda: [optimizer.defaults], new)
         self._set_(lambda: optimizer.param_groups, new)
@@ -176,39 +207,49 @@ class Edit:
         return len(self._log)
 
     def rollback_(self, mark: int = 0) -> None:
-        """Takes back all that was done after `mark`, newest first."""
-        self._take_back_(self._log[mark:])
+        """Takes back all that was done after `mark`, newest first.
 
-    def undo_(self) -> None:
-        """Takes everything back, except what training has built on since.
+        Raises UndoError (RG917) where something fails; the rest is taken back all the same.
+        """
+        if failures := self._log.take_back_(self._log.since(mark)):
+            raise UndoError(*failures)
 
-        Raises UndoError (RG917) that names what stays: as soon as one written tensor or
-        one tensor of a morphed module differs by a bit, values, classes and adopted
-        parameters stay, and only the optimizer's guard and options are taken back.
-        A second call changes nothing.
+    def undo_(self, *, structure: bool = False) -> tuple[Refusal, ...]:
+        """Takes everything back, except what training has built on since; gives what stays.
+
+        As soon as one written tensor or one tensor of a morphed module differs by a bit, the
+        written values stay, and so do classes and adopted parameters unless `structure` asks
+        for them. Raises UndoError (RG917) with what stays unless `structure` is set. A second
+        call changes nothing.
         """
         changed = self._footprint.changed()
-        if not changed:
-            return self.rollback_()
-        staying = [inverse for inverse in self._log if inverse.stays is not None]
-        self._take_back_([inverse for inverse in self._log if inverse.stays is None])
+        goes: tuple[Tier, ...] = ("step", "structure") if structure else ("step",)
+        goes = goes if changed else TIERS
+        failures = self._log.take_back_(self._log.since(0, *goes))
         why = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if changed[3:] else "")
-        cure = "Build the model anew to be without it."
-        facts = [f"{inverse.stays} stays, since {why} changed afterwards." for inverse in staying]
-        paths = [inverse.path for inverse in staying]
-        reasons = [Refusal("RG917", *place, cure) for place in zip(paths, facts, strict=True)]
-        raise UndoError(*reasons)
+        kept = [inverse for inverse in self._log.since(0) if inverse.tier not in goes]
+        staying = [inverse.stays(why) for inverse in kept]
+        reasons = (*staying, *failures)
+        if reasons and not structure:
+            raise UndoError(*reasons)
+        return reasons
 
-    def _take_back_(self, inverses: list[_Inverse]) -> None:
-        failures: list[Exception] = []
-        for inverse in reversed(inverses):
-            try:
-                inverse.run()
-            except Exception as error:  # the others must be taken back all the same
-                failures.append(error)
-            self._log.remove(inverse)
-        if failures:
-            raise ExceptionGroup("some changes could not be taken back", failures)
+    def made_no_difference(self) -> bool:
+        """Whether all that was done since the start has left every bit as it was."""
+        written = len(self._log.since(0, "values")) == len(self._log)
+        return written and all(same_bits(param, old) for param, old in self._first.values())
+
+    def check_commit(self) -> None:
+        """Raises RewriteError (RG916) where the optimizer does not train what was added."""
+        if self._optimizer is None:
+            return
+        faults: list[Refusal] = []
+        for module, children in self._added:
+            present = [child for child in children if any(child is c for c in module.children())]
+            if present:
+                faults += adoption_faults(self._optimizer, module, present)
+        if faults:
+            raise RewriteError(*faults)
 
     def _present_optimizer(self) -> Optimizer:
         if self._optimizer is None:
@@ -231,7 +272,7 @@ class Edit:
                     else:
                         del place[key]
 
-        self._log.append(_Inverse(inverse))
+        self._log.append(Inverse(inverse, "step"))
         for place in places():
             place.update(new)
 
@@ -247,35 +288,8 @@ class Edit:
             for param in lacking:
                 optimizer.state.get(param, {}).pop("max_exp_avg_sq", None)
 
-        self._log.append(_Inverse(inverse))
+        self._log.append(Inverse(inverse, "step"))
         for param in lacking:
             state = optimizer.state.get(param, {})
             if "exp_avg_sq" in state:
                 state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
-
-
-@contextmanager
-def transaction(edit: Edit) -> Iterator[Edit]:
-    """The edit, whose changes in this block are all kept or, after any exception, all undone.
-
-    Raises RewriteError (RG916) from whatever was raised inside; errors of this
-    package, KeyboardInterrupt and SystemExit pass through as they are.
-    """
-    mark = edit.mark()
-    try:
-        yield edit
-    except BaseException as error:
-        edit.rollback_(mark)
-        if isinstance(error, RNNGuardError) or not isinstance(error, Exception):
-            raise
-        fact = f"{type(error).__name__} while rewriting: {error}."
-        cure = "The model and optimizer were restored."
-        raise RewriteError.of("RG916", "", fact, cure) from error
-
-
-def _take_out_(group: Options, gone: set[int]) -> None:
-    params, names = group["params"], group.get("param_names", [])
-    for i in reversed(range(len(params))):
-        if id(params[i]) in gone:
-            del params[i]
-            del names[i : i + 1]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from rnnguard.probe.snapshot import same_bits
 
+Touched = dict[int, tuple[Tensor, Tensor]]
+
 
 class Footprint:
     """Copies of the touched tensors, with their names in the model.
@@ -18,7 +20,7 @@ class Footprint:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._names = _names(model)
-        self._left: dict[int, tuple[Tensor, Tensor]] = {}
+        self._left: Touched = {}
 
     def name(self, tensor: Tensor) -> str:
         """Its name in the model, or nothing."""
@@ -35,10 +37,10 @@ class Footprint:
             if id(tensor) not in self._left:
                 self.touch(tensor)
 
-    def saved(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def saved(self) -> Touched:
         return dict(self._left)
 
-    def restore(self, saved: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def restore(self, saved: Touched) -> None:
         self._left = saved
 
     def changed(self) -> list[str]:

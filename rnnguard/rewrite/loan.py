@@ -14,11 +14,13 @@ from rnnguard.rewrite.schedule import GuardSettings, learning_rate_factor
 
 @dataclass
 class Loan:
-    """Learning rates that are scaled and gradients that are hidden while a step runs."""
+    """Rates that are scaled, gradients that are hidden, a flag that is set while a step runs."""
 
     rates: list[tuple[dict[str, Any], Any, Tensor | None]] = field(default_factory=list)
     """Group, its own learning rate, and that rate's value where it is scaled in place."""
     gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    flags: list[tuple[Any, Tensor, Tensor | None]] = field(default_factory=list)
+    """Optimizer, the `found_inf` that it was lent, and its own where it had one."""
 
     def scale_rates_(self, optimizer: Optimizer, settings: GuardSettings, progress: str) -> None:
         """Multiplies each group's learning rate by its factor at step `group[progress]`."""
@@ -51,12 +53,50 @@ class Loan:
                 self.gradients.append((param, param.grad))
                 param.grad = None
 
+    def leave_out_(self, optimizer: Optimizer, broken: Tensor) -> Tensor | None:
+        """Makes the step do nothing where `broken` holds.
+
+        A fused kernel is told so without waiting for the device; gives the flag that it sees,
+        which is also 1 where a GradScaler's own is. Otherwise waits, and hides the gradients.
+        """
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+            group.get("fused") for group in optimizer.param_groups
+        )
+        if fused and not _momentum_is_missing(optimizer):
+            return self.flag_(optimizer, broken)
+        own: Tensor | None = getattr(optimizer, "found_inf", None)
+        if own is not None and not fused:
+            return own  # the optimizer's own kernel skips
+        if bool(broken) or (own is not None and bool(own)):
+            every = (param for group in optimizer.param_groups for param in group["params"])
+            self.hide_gradients_(every)
+        return None
+
+    def flag_(self, optimizer: Any, broken: Tensor) -> Tensor:
+        """Sets the optimizer's `found_inf` where `broken` holds or it was set; gives the flag."""
+        own = getattr(optimizer, "found_inf", None)
+        flag = broken.float()
+        if own is not None:
+            flag = flag.maximum(own.reshape(()).to(flag.device))
+        self.flags.append((optimizer, flag, own))
+        optimizer.found_inf = flag
+        return flag
+
     def return_gradients_(self) -> None:
+        """What `hide_gradients_` and `flag_` took; the closure of a step may run again."""
         while self.gradients:
             param, grad = self.gradients[-1]
             if param.grad is None:
                 param.grad = grad
             self.gradients.pop()
+        while self.flags:
+            optimizer, flag, own = self.flags[-1]
+            # A GradScaler may have set its own since a step that raised.
+            if getattr(optimizer, "found_inf", None) is flag:
+                optimizer.found_inf = own
+                if own is None:
+                    del optimizer.found_inf
+            self.flags.pop()
 
     def return_all_(self) -> None:
         self.return_gradients_()
@@ -77,5 +117,15 @@ def every_rate_is_zero(optimizer: Optimizer) -> bool:
 def _is_zero(rate: float | Tensor) -> bool:
     if isinstance(rate, Tensor):
         # Reading a tensor that lies on an accelerator would make the host wait for it.
-        return rate.device.type == "cpu" and float(rate.detach()) == 0
+        return rate.device.type == "cpu" and not rate.detach().float().numpy().any()
     return rate == 0
+
+
+def _momentum_is_missing(optimizer: Optimizer) -> bool:
+    # The kernel that skips the very first step leaves a buffer that nobody has filled.
+    return any(
+        group.get("momentum") and optimizer.state.get(param, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if param.grad is not None
+    )

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import zip_longest
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rnnguard.errors import Refusal
+from rnnguard.errors import refuse
+from rnnguard.rewrite.alarm import Alarm
+from rnnguard.rewrite.checkpoints import order_refusals
+from rnnguard.rewrite.clipping import Gradients, Trace, trace, untouched_since, whole_and_largest
+from rnnguard.rewrite.engagement import (
+    ALARMS,
+    BLOCK,
+    COLUMNS,
+    Constants,
+    Engagement,
+    bound_of,
+    fitted,
+    folded,
+    new_tally,
+    statistics,
+    written,
+)
 from rnnguard.rewrite.loan import Loan, every_rate_is_zero
 from rnnguard.rewrite.schedule import GuardSettings, learning_rate_factor
+from rnnguard.rewrite.stephooks import refusals_for_clip, step_hooks
 
 __all__ = [
+    "Engagement",
     "GuardSettings",
     "StepGuard",
+    "engagement_of",
     "guard_of",
     "learning_rate_factor",
     "refusals_for_clip",
@@ -29,70 +47,81 @@ Kwargs = dict[str, Any]
 
 
 class StepGuard:
-    """Clips by the global norm and scales the learning rate, both only inside a step.
+    """Clips gradients and scales the learning rate, both only inside a step.
 
-    At rest every learning rate and every gradient is the user's own. Progress is
-    the group key `GROUP_KEY`, so that it travels with every kind of checkpoint.
-    A step that a GradScaler skips does not count, except with a fused optimizer,
-    whose hooks run although its kernel skips. When a whole step is replayed as a
-    CUDA graph no hook runs.
+    At rest every learning rate and every gradient is the user's own. Progress and the recent
+    norms are the group keys `KEYS`, so that they travel with every kind of checkpoint. No step
+    waits for the device, except one that may have to be left out (`on_nonfinite="skip"`) by an
+    optimizer that is not fused. A step that a GradScaler skips does not count, except for the
+    warm-up of a fused optimizer, whose hooks run although its kernel skips. When a whole step
+    is replayed as a CUDA graph no hook runs.
     """
 
     GROUP_KEY = "rnnguard_step"
+    SEEN_KEY = "rnnguard_seen"
+    TALLY_KEY = "rnnguard_tally"
+    KEYS = frozenset({GROUP_KEY, SEEN_KEY, TALLY_KEY})
 
     def __init__(self, settings: GuardSettings) -> None:
         self.settings = settings
-        self.steps = 0
-        """Steps taken under this guard, without skipped ones."""
-        self.skipped = 0
-        """Steps left out because the norm was not finite."""
-        self.last_norm: Tensor | None = None
-        """Norm at the last step, before the clip and without a scaler's factor."""
-        self._clipped: Tensor | None = None
-        self._nonfinite: Tensor | None = None
+        self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
-        self._had_key: list[bool] = []
+        self._had_keys: list[set[str]] = []
         self._in_step = False
         self._counts = True
-        self._norm: Tensor | None = None
+        self._row: list[Tensor] = []
+        self._left: Trace | None = None
+        self._rows: list[Tensor] = []
         self._loan = Loan()
+        self._known: tuple[Tensor, ...] = ()
+        self._known_for: object = None
+        self._constants = Constants()
+        self._alarm = Alarm()
 
-    @property
-    def clipped(self) -> int:
-        """Steps whose norm was above `max_norm`; reading it waits for the device."""
-        return 0 if self._clipped is None else int(self._clipped)
-
-    @property
-    def nonfinite(self) -> int:
-        """Steps whose norm was not finite; counted when `on_nonfinite` is set."""
-        return 0 if self._nonfinite is None else int(self._nonfinite)
+    def engagement(self) -> Engagement:
+        """What the guard has seen and done so far; reading it waits for the device."""
+        if self._optimizer is not None:
+            self._write_down(self._optimizer)
+        group = self._optimizer.param_groups[0] if self._optimizer is not None else {}
+        counts = group.get(self.SEEN_KEY, 0), group.get(self.GROUP_KEY, 0)
+        tally = group.get(self.TALLY_KEY, new_tally(2, torch.device("cpu")))
+        return Engagement.read(tally, *counts, self.settings)
 
     def install(self, optimizer: Optimizer) -> None:
-        """Adds the hooks and the group key to `optimizer`, which must not have a guard."""
-        self._had_key = [self.GROUP_KEY in group for group in optimizer.param_groups]
-        self._add_key(optimizer)
+        """Adds the hooks and the group keys to `optimizer`, which must not have a guard."""
+        self._had_keys = [set(group) & self.KEYS for group in optimizer.param_groups]
+        self._optimizer = optimizer
+        self._add_keys(optimizer)
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._handles.append(optimizer.register_load_state_dict_pre_hook(self._before_load))
         self._handles.append(optimizer.register_load_state_dict_post_hook(self._after_load))
         # A step that raised leaves the scaled learning rate in the groups until the
         # next step; a checkpoint saved in that gap would keep it for good.
         self._handles.append(optimizer.register_state_dict_pre_hook(self._before_save))
 
     def remove(self, optimizer: Optimizer) -> None:
-        """Takes hooks and group key away and gives back what a failed step left."""
+        """Takes hooks and group keys away and gives back what a failed step left."""
         self._end_step()
         while self._handles:
             self._handles[-1].remove()
             self._handles.pop()
-        if not self._had_key:
+        if self._optimizer is None:
             return  # never installed
-        for group, had_key in zip_longest(optimizer.param_groups, self._had_key):
-            if group and not had_key:
-                group.pop(self.GROUP_KEY, None)
+        earlier = chain(self._had_keys, repeat(set[str]()))
+        for group, had in zip(optimizer.param_groups, earlier, strict=False):
+            for key in self.KEYS - had:
+                group.pop(key, None)
 
-    def _add_key(self, optimizer: Optimizer) -> None:
+    def _add_keys(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             group.setdefault(self.GROUP_KEY, 0)
+        if not set(optimizer.param_groups[0]) >= self.KEYS:
+            params = (param for group in optimizer.param_groups for param in group["params"])
+            # Distributed checkpoints demand that all tensors lie on one device.
+            device = next((param.device for param in params), torch.device("cpu"))
+            tally = new_tally(self.settings.window, device)
+            optimizer.param_groups[0].update({self.TALLY_KEY: tally, self.SEEN_KEY: 0})
 
     def _before_step(
         self, optimizer: Optimizer, args: Args, kwargs: Kwargs
@@ -129,64 +158,105 @@ class StepGuard:
     def _after_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         if not self._in_step:
             return  # settled by the post hook of a nested step
-        skips, norm = bool(self._loan.gradients), self._norm
+        row, hidden = self._row, bool(self._loan.gradients)
         self._end_step()
         # torch.distributed.checkpoint makes state appear by a step with every rate at 0.
         if not self._counts:
             return
-        if norm is not None:
-            self._tally(norm, skips)
-        if skips:
-            self.skipped += 1
+        if not hidden:
+            for group in optimizer.param_groups:
+                group[self.GROUP_KEY] = group.get(self.GROUP_KEY, 0) + 1
+        if row and self._rows and row[0].device != self._rows[0].device:
+            self._write_down(optimizer)
+        self._rows += row
+        if (
+            row
+            and (optimizer.param_groups[0][self.SEEN_KEY] + len(self._rows) // COLUMNS) % BLOCK == 0
+        ):
+            self._close_block(optimizer)
+
+    def _close_block(self, optimizer: Optimizer) -> None:
+        self._write_down(optimizer)
+        first = optimizer.param_groups[0]
+        first[self.TALLY_KEY] = tally = folded(first[self.TALLY_KEY], BLOCK, self.settings)
+        # Last, when all is at rest again: where warnings are errors this raises.
+        if self.settings.on_nonfinite is not None:
+            self._alarm.look(tally[ALARMS], self.settings.budget, first[self.GROUP_KEY])
+
+    def _write_down(self, optimizer: Optimizer) -> None:
+        """Moves the rows of the last steps into the group, where checkpoints find them."""
+        if not self._rows:
             return
-        self.steps += 1
-        for group in optimizer.param_groups:
-            group[self.GROUP_KEY] = group.get(self.GROUP_KEY, 0) + 1
+        first, rows = optimizer.param_groups[0], self._rows
+        tally = self._tally(optimizer, rows[0].device)
+        first[self.TALLY_KEY] = written(tally, first[self.SEEN_KEY] % BLOCK, rows)
+        first[self.SEEN_KEY] += len(rows) // COLUMNS
+        self._rows = []
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        refuse(order_refusals(optimizer, state_dict))
 
     def _after_load(self, optimizer: Optimizer) -> None:
         # An older checkpoint takes unknown group keys away. What a failed step has scaled
         # goes back to groups that are gone: the loaded ones are new and keep their rates.
         self._end_step()
-        self._add_key(optimizer)
+        self._add_keys(optimizer)
+        self._rows, self._known_for = [], None
 
     def _before_save(self, optimizer: Optimizer) -> None:
         self._end_step()
+        self._write_down(optimizer)
 
     def _end_step(self) -> None:
         self._loan.return_all_()
         self._in_step = False
-        self._norm = None
+        self._row = []
 
+    def _tally(self, optimizer: Optimizer, device: torch.device) -> Tensor:
+        return fitted(optimizer.param_groups[0][self.TALLY_KEY], self.settings.window, device)
+
+    @torch.no_grad()
     def _clip(self, optimizer: Optimizer) -> None:
         settings = self.settings
-        if settings.max_norm is None and settings.on_nonfinite is None:
+        if settings.clip is None and settings.on_nonfinite is None:
             return
-        every = (param for group in optimizer.param_groups for param in group["params"])
-        params: list[Tensor] = [param for param in every if param.grad is not None]
-        if not params:
+        # A nested step sees what the outer one has clipped: its size was the true one.
+        if self._row and self._left and untouched_since(self._left, optimizer):
+            self._row[4:] = [self._left_out(optimizer, self._row[0])]
             return
-        norm = get_total_norm([param.grad for param in params if param.grad is not None])
-        # Divide the norm, not the gradients: clipping is homogeneous, and a fused
-        # optimizer under GradScaler still holds scaled gradients here (trap 55).
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None:
-            norm = norm / scale.to(norm.device)
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # A nested step sees clipped gradients, so the larger norm is the true one.
-        self._norm = whole if self._norm is None else torch.maximum(self._norm, whole)
-        # `found_inf` says that a fused kernel skips by itself: no need to wait for the norm.
-        kernel_skips = getattr(optimizer, "found_inf", None) is not None
-        if settings.on_nonfinite == "skip" and not kernel_skips and not whole.isfinite():
-            self._loan.hide_gradients_(params)
-        elif settings.max_norm is not None:
-            clip_grads_with_norm_(params, settings.max_norm, norm)
+        self._row = []
+        gradients = Gradients.of(optimizer)
+        if not gradients.groups:
+            return
+        sizes = gradients.sizes(settings.clip)
+        size, peak = whole_and_largest(sizes)
+        bound = self._bound(optimizer, size)
+        written = self._constants.full(bound, size)
+        passed = self._constants.flag(getattr(optimizer, "found_inf", None), size)
+        row = [size, peak, written, passed, self._left_out(optimizer, size)]
+        if settings.clip is not None and not self._loan.gradients:
+            gradients.limit_(settings.clip, sizes, bound)
+        self._row, self._left = row, trace(optimizer)
 
-    def _tally(self, norm: Tensor, skips: bool) -> None:
-        self.last_norm = norm
-        if self.settings.on_nonfinite is not None:
-            self._nonfinite = _plus(self._nonfinite, ~norm.isfinite())
-        if self.settings.max_norm is not None and not skips:
-            self._clipped = _plus(self._clipped, norm > self.settings.max_norm)
+    def _bound(self, optimizer: Optimizer, size: Tensor) -> float | Tensor:
+        settings = self.settings
+        if settings.clip in ("percentile", "z_score"):
+            # The window changes with every block, and what is asked of it with every request.
+            key = (settings, optimizer.param_groups[0][self.SEEN_KEY] // BLOCK, size.device)
+            if self._known_for != key:
+                known = statistics(self._tally(optimizer, size.device), settings)
+                self._known, self._known_for = known, key
+                if settings.clip == "percentile":  # used as it is at every step
+                    self._known = (known[0].to(size.dtype),)
+            return bound_of(self._known, size, settings)
+        fixed = settings.max_value if settings.clip == "value" else settings.max_norm
+        return torch.inf if fixed is None else fixed
+
+    def _left_out(self, optimizer: Optimizer, size: Tensor) -> Tensor:
+        """Skips a broken step where that is asked for; not 0 where a kernel does it by itself."""
+        if self.settings.on_nonfinite != "skip":
+            return self._constants.flag(getattr(optimizer, "found_inf", None), size)
+        return self._constants.flag(self._loan.leave_out_(optimizer, ~(size < torch.inf)), size)
 
 
 class _ClippingClosure:
@@ -211,36 +281,14 @@ class _ClippingClosure:
 
 def guard_of(optimizer: Optimizer) -> StepGuard | None:
     """The guard whose hooks this very optimizer object has, if any."""
-    for hook in (_step_hooks(optimizer) or {}).values():
+    for hook in (step_hooks(optimizer) or {}).values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, StepGuard):
             return owner
     return None
 
 
-def refusals_for_clip(optimizer: Optimizer) -> list[Refusal]:
-    """Why the gradients of this optimizer cannot be clipped at its step, if so.
-
-    Sparse gradients show only after a backward pass and are not looked for here.
-    """
-    family = {kind.__name__ for kind in type(optimizer).__mro__}
-    if "LBFGS" in family:
-        fact = "clipping inside the line search of LBFGS distorts its curvature estimate."
-        return [Refusal("RG906", "", fact, "Use another optimizer or leave the clip out.")]
-    if "ZeroRedundancyOptimizer" in family:
-        fact = "a ZeRO optimizer sees only the gradients of its own shard."
-        return [Refusal("RG901", "", fact, "Clip in the training loop, before `step`.")]
-    if _step_hooks(optimizer) is None:
-        fact = f"{type(optimizer).__name__} wraps an optimizer and has no step hooks of its own."
-        return [Refusal("RG901", "", fact, "Pass the optimizer that it wraps.")]
-    return []
-
-
-def _step_hooks(optimizer: Optimizer) -> dict[int, Any] | None:
-    # torch has no public list of step hooks, and a list or mark of our own would call a
-    # deep-copied optimizer guarded: copies keep their group keys and lose their hooks.
-    return getattr(optimizer, "_optimizer_step_pre_hooks", None)
-
-
-def _plus(total: Tensor | None, flag: Tensor) -> Tensor:
-    return flag.long() if total is None else total.to(flag.device).add_(flag)
+def engagement_of(optimizer: Optimizer | None) -> Engagement | None:
+    """How the guard of this optimizer has engaged so far, if there is one."""
+    guard = None if optimizer is None else guard_of(optimizer)
+    return None if guard is None else guard.engagement()
