@@ -189,6 +189,7 @@ def test_compiled() -> None:
     torch.testing.assert_close(compiled(x, LENGTHS), packed(x, LENGTHS))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_dynamic_quantisation_leaves_the_recurrence_as_it_is(kind: str) -> None:
     """torch.ao goes by exact class; what it does not know, it keeps in floats."""

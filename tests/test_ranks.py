@@ -183,8 +183,8 @@ def everything(number: int) -> dict[str, Any]:
     return found | {"wrapped": on_wrapped(number), "sharded": sharded(number)}
 
 
-# The adaptive forms look at new norms every 8 steps only.
-LONGER = 3 * batches(7, scale=1.0)
+# The adaptive forms look at new norms every 16 steps only.
+LONGER = 6 * batches(7, scale=1.0)
 SHARDED_GUARDS = (
     GuardSettings(max_norm=0.1),
     GuardSettings(clip="percentile", percentile=50.0, window=2),

@@ -84,7 +84,7 @@ def provenance_of_written(parts: Parts) -> Provenance:
     blocks = (1, 2, 3, 4)
     fans = {(columns, max(1, rows // k)) for rows, columns in parts.shapes for k in blocks}
     widths = {size for shape in parts.shapes for size in shape}
-    bounds = known_bounds(fans, widths | {len(tensor) for _, tensor in parts.weights})
+    bounds = known_bounds(fans, widths | {*(t.shape[0] for _, t in parts.weights if t.dim())})
     weights = [Piece(n, t, trace_of(t, bounds, blocks), False) for n, t in parts.weights]
     biases = [Piece(n, t, trace_of(t, bounds), True) for n, t in parts.biases]
     gates = [Piece(n, t, trace_of(t, bounds), True) for n, t in parts.gates]

@@ -59,12 +59,15 @@ class Gradients:
 
     def limit_(self, clip: Clip, sizes: list[Tensor], bound: float | Tensor) -> None:
         """Brings the gradients down so that no size exceeds the bound; smaller ones stay."""
-        if clip == "value":
-            self._limit_values_(bound)
-        else:
-            parts = self.groups if clip == "group" else [self.every]
-            for part, size in zip(parts, sizes, strict=True):
-                multiply_(part, _factor(size, bound))
+        parts = self.groups if clip == "group" else [self.every]
+        for part, size in zip(parts, sizes, strict=True):
+            factor = _factor(size, bound)
+            if _is_seen_to_be_one(factor):
+                continue
+            if clip == "value":
+                self._limit_values_(bound)
+            else:
+                multiply_(part, factor)
 
     def _limit_values_(self, bound: float | Tensor) -> None:
         limit: Any = bound if self.scale is None else bound * self.scale
@@ -159,8 +162,19 @@ def multiply_(gradients: list[Tensor], factor: Tensor) -> None:
 def _factor(size: Tensor, bound: float | Tensor) -> Tensor:
     if isinstance(bound, Tensor):
         bound = bound.to(size.device, size.dtype)
-    # Always multiplied, also by 1: asking whether it is needed would wait for the device.
     return (size + EPSILON).reciprocal_().mul_(bound).clamp_(max=1.0)
+
+
+def _is_seen_to_be_one(factor: Tensor) -> bool:
+    """Whether nothing is to be done, where that can be told without waiting for a device.
+
+    On the CPU the number lies there to be read; a pass over all gradients that multiplies them
+    by 1 costs as much as their norm. Elsewhere they are always multiplied.
+    """
+    plain = (
+        type(factor) is Tensor and factor.is_cpu and factor.dtype in (torch.float32, torch.float64)
+    )
+    return plain and factor.numpy().item() == 1.0
 
 
 def _entries(params: Iterable[Any]) -> Iterable[Tensor]:
