@@ -234,7 +234,7 @@ def test_undo_gives_the_class_back_even_after_training(kind: str) -> None:
         assert torch.equal(model(x), expected) and identities(model) == before
 
 
-def test_undo_of_the_rewrite_first_leaves_torchs_own() -> None:
+def test_the_rewrite_is_undone_after_the_bake_and_not_before() -> None:
     model, x = plain("lstm"), batch()
     expected = model(x)
     plan = {"remedy": "layer_norm", "path": "rnn", "tier": "structure", "dose": {}}
@@ -242,8 +242,12 @@ def test_undo_of_the_rewrite_first_leaves_torchs_own() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     report = rnnguard.apply(model, optimizer, {"schema_version": 1, "changes": [row]})
     baked = rnnguard.bake(model)
-    report.undo()
+    normed = model(x)
+    with pytest.raises(UndoError, match="has become a LSTM since"):
+        report.undo()
+    assert torch.equal(model(x), normed)
     baked.undo()
+    report.undo()
     assert type(model.rnn) is nn.LSTM and not model.rnn._forward_hooks
     assert torch.equal(model(x), expected)
 

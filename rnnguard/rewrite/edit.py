@@ -68,11 +68,15 @@ class Edit:
     def morph_(self, module: nn.Module, cls: type[nn.Module], **children: nn.Module) -> None:
         """Makes `module` a `cls` with these child modules; it stays the same object."""
         check_names(module, children)
-        before = type(module)
+        before, begun = type(module), False
 
         def inverse() -> None:
-            if type(module) is not cls and type(module) is not before:
+            nonlocal begun
+            held = any(getattr(module, name, None) is child for name, child in children.items())
+            # With the children in its place, the old class is one that the module was baked to.
+            if type(module) is not cls and (type(module) is not before or (held and not begun)):
                 raise InTheWay(f"the module has become a {type(module).__name__} since")
+            begun = True
             module.__class__ = before
             for name, child in children.items():
                 if getattr(module, name, None) is child:
@@ -94,14 +98,12 @@ class Edit:
 
     def bake_(self, module: nn.Module, plain: type[nn.Module], hook: nn.Module) -> None:
         """Makes `module` torch's own `plain` again; `hook` does what its class did on top."""
-        before, children = type(module), list(module._modules)
+        before = type(module)
 
         def inverse() -> None:
             if type(module) is not plain and type(module) is not before:
                 raise InTheWay(f"the module has become a {type(module).__name__} since")
-            # Without its children the morph itself was taken back, and plain is right.
-            if list(module._modules) == children:
-                module.__class__ = before
+            module.__class__ = before
             for key in [key for key, known in module._forward_hooks.items() if known is hook]:
                 del module._forward_hooks[key]
 
