@@ -79,7 +79,8 @@ class Engagement:
         return self.clipped / self.steps if self.steps else 0.0
 
     def __str__(self) -> str:
-        counts = f"{self.spikes} spikes, {self.nonfinite} not finite, {self.skipped} skipped"
+        spikes = f"{self.spikes} spike{'' if self.spikes == 1 else 's'}"
+        counts = f"{spikes}, {self.nonfinite} not finite, {self.skipped} skipped"
         words = [f"{self.steps} steps", f"{self.share_clipped:.0%} clipped", counts]
         for name, value in (
             ("median norm", self.median_norm),
