@@ -65,7 +65,7 @@ def known_bounds(fans: Iterable[tuple[int, int]], widths: Iterable[int]) -> tupl
 
 def trace_of(tensor: Tensor, bounds: Sequence[float], blocks: Iterable[int] = (1,)) -> Trace:
     """The trace of the whole tensor, or of each of its blocks where gates were set one by one."""
-    tensor = torch.atleast_1d(tensor.detach())
+    tensor = tensor.detach().reshape(tensor.shape or (1,))
     dtype = working_dtype(_sample(tensor))
     cuts = [count for count in blocks if len(tensor) % count == 0]
     for count in cuts:
