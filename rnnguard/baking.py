@@ -1,8 +1,9 @@
 """Turns what a rewrite put into a model back into plain torch, for use without rnnguard.
 
-`layer_norm` is the only remedy that leaves a class of rnnguard behind: its module becomes torch's
-own again, same object, same keys, and a forward hook of torch alone applies the norm. Written
-values are plain already, and the step guard lies on the optimizer.
+Of the classes of rnnguard that a rewrite leaves behind, a norm after the recurrence can go: its
+module becomes torch's own again, same object, same keys, and a forward hook of torch alone
+applies the norm. What lies inside a recurrence stays, and is told. Written values are plain
+already, and the step guard lies on the optimizer.
 """
 
 from __future__ import annotations
@@ -17,14 +18,58 @@ from torch import fx, nn
 from rnnguard.errors import Refusal, RNNGuardWarning, refuse
 from rnnguard.inspection.preflight import run_refusals
 from rnnguard.inspection.wrappers import wrapper_refusals
+from rnnguard.nn import (
+    AttentionReadout,
+    BetweenLayers,
+    BoundedRNN,
+    DropConnect,
+    FusedGRU,
+    FusedLSTM,
+    FusedRNN,
+    GatedRNN,
+    GateLastGRU,
+    IndRNN,
+    LayerNormGRU,
+    LayerNormLSTM,
+    LayerNormRNN,
+    Orthogonal,
+    ResidualRNN,
+    SpectralBound,
+    WeightNorm,
+    ZoneoutGRU,
+    ZoneoutLSTM,
+)
 from rnnguard.nn.output_norm import OUTPUT_NORMS
 from rnnguard.records import near_miss
 from rnnguard.rewrite.edit import Edit
 from rnnguard.rewrite.transaction import transaction
 
+_INSIDE = {
+    BoundedRNN: "the bound on its recurrent weights is set anew at each forward",
+    GateLastGRU: "its reset gate acts on the output, which torch's does not",
+    GatedRNN: "its update gate lies inside the recurrence",
+    IndRNN: "its units are independent, with a bound set anew at each forward",
+    LayerNormGRU: "its norm lies inside the recurrence",
+    LayerNormLSTM: "its norm lies inside the recurrence",
+    LayerNormRNN: "its norm lies inside the recurrence",
+    ResidualRNN: "its residual lies inside the recurrence",
+    ZoneoutGRU: "its zoneout lies inside the recurrence",
+    ZoneoutLSTM: "its zoneout lies inside the recurrence",
+}
+_AROUND: dict[type[nn.Module], str] = {
+    **dict.fromkeys(
+        (FusedRNN, FusedLSTM, FusedGRU), "what was added works around each call of its kernel"
+    ),
+    **dict.fromkeys(
+        (AttentionReadout, BetweenLayers, DropConnect, Orthogonal, SpectralBound, WeightNorm),
+        "it is a part of a module of rnnguard",
+    ),
+}
 # Every module of rnnguard.nn: torch's class that it becomes again, or the reason why it cannot.
 BAKED: Mapping[type[nn.Module], type[nn.Module] | str] = {
-    normed: plain for plain, normed in OUTPUT_NORMS.items()
+    **{normed: plain for plain, normed in OUTPUT_NORMS.items()},
+    **_INSIDE,
+    **_AROUND,
 }
 _KEEP = "Keep rnnguard where the model is loaded, or deploy an export of it (torch.export, ONNX)."
 
@@ -76,7 +121,7 @@ def bake(model: nn.Module, *, packed: Iterable[str] = ()) -> Baked:
         plain = BAKED.get(type(module), "")
         if isinstance(plain, type):
             turned[path] = (module, plain)
-        elif _needs_rnnguard(module):
+        elif _needs_rnnguard(module) and not _inside(path, refusals):
             refusals.append(_stays(path, module, plain))
     earlier = tuple(path for path, module in model.named_modules() if is_baked(module))
     edit = Edit(model, None)
@@ -124,6 +169,11 @@ def _calls(hook: fx.GraphModule, method: str) -> bool:
 
 def _needs_rnnguard(module: nn.Module) -> bool:
     return any(cls.__module__.split(".")[0] == "rnnguard" for cls in type(module).__mro__)
+
+
+def _inside(path: str, refusals: list[Refusal]) -> bool:
+    """Whether the module is a part of one that stays, which is told already."""
+    return any(not refusal.path or path.startswith(f"{refusal.path}.") for refusal in refusals)
 
 
 def _stays(path: str, module: nn.Module, reason: str) -> Refusal:

@@ -19,6 +19,7 @@ HANDS = {
     "rewrite/clipping.py": "brings the gradients of a step down",
     "rewrite/alarm.py": "copies a count into the host's memory",
     "rewrite/loan.py": "lends the optimizer scaled rates for one step and takes them back",
+    "nn/recurrent_weights.py": "keeps its own gains and its own power iteration, not the user's",
     "probe/holdings.py": "gives back what the probe touched",
     "probe/snapshot.py": "hides gradients while the probe runs",
 }

@@ -8,6 +8,7 @@ passes, the module it ran in and the user's file:line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +47,22 @@ def record(
     told apart from other constants. Exceptions of `run` pass through.
     """
     recorder = _Recorder(model, inputs, kept)
-    with recorder:
-        recorder.recording.result = run()
+    before = _recording.set(True)
+    try:
+        with recorder:
+            recorder.recording.result = run()
+    finally:
+        _recording.reset(before)
     recorder.close(_held_by(model))
     return recorder.recording
+
+
+_recording: ContextVar[bool] = ContextVar("recording", default=False)
+
+
+def recording_now() -> bool:
+    """Whether a run is being recorded, so that a cell had better show every step of its own."""
+    return _recording.get()
 
 
 class _Recorder(TorchFunctionMode):

@@ -1,0 +1,172 @@
+"""nn.RNN, nn.LSTM and nn.GRU that keep torch's kernel and change what lies around it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from rnnguard.errors import Refusal, RefusedError, RNNGuardWarning
+from rnnguard.nn.attention_readout import AttentionReadout
+from rnnguard.nn.between_layers import BetweenLayers
+from rnnguard.nn.fused_call import Call, run_layers, taken_apart
+from rnnguard.nn.recurrent_weights import RecurrentWeights, recurrent_parameters
+
+_CHILDREN = ("between", "recurrent", "attention")
+
+
+class _Fused(nn.Module):
+    """Up to three children, each optional, each leaving torch's parameters and keys as they are.
+
+    recurrent (RecurrentWeights): makes the recurrent weights of each forward.
+    between (BetweenLayers): stands between the layers, whose kernel then runs layer by layer.
+    attention (AttentionReadout): adds attention over its own past to the output.
+
+    As arguments they are what makes such a child for a module, for example
+    `FusedLSTM(8, 16, num_layers=2, between=partial(BetweenLayers, norm=True))`; a morph adds
+    them to a module that exists. The last states are the kernel's own: what stands between the
+    layers reaches them, norm_last and attention do not.
+    """
+
+    def __init__(
+        self,
+        *sizes: Any,
+        between: Callable[[nn.RNNBase], BetweenLayers] | None = None,
+        recurrent: Callable[[nn.RNNBase], RecurrentWeights] | None = None,
+        attention: Callable[[nn.RNNBase], AttentionReadout] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*sizes, **options)
+        module = cast(nn.RNNBase, self)
+        for name, make in zip(_CHILDREN, (between, recurrent, attention), strict=True):
+            if make is not None:
+                self.add_module(name, make(module))
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        module = cast(nn.RNNBase, self)
+        between = cast(BetweenLayers | None, self._modules.get("between"))
+        recurrent = cast(RecurrentWeights | None, self._modules.get("recurrent"))
+        attention = cast(AttentionReadout | None, self._modules.get("attention"))
+        if between is None and recurrent is None and attention is None:
+            return cast(tuple[Any, Any], super().forward(input, hx))
+        module._update_flat_weights()
+        weights = cast(list[Tensor], module._flat_weights)
+        if recurrent is not None:
+            weights = _made(module, recurrent, weights)
+        call = taken_apart(module, input, hx)
+        if between is None:
+            every_layer = slice(0, module.num_layers)
+            rows, states = run_layers(module, call, call.rows, weights, every_layer)
+        else:
+            rows, states = _layer_by_layer(module, between, call, weights)
+        if attention is not None:
+            rows = attention(rows, call.batch_sizes)
+        return call.result(rows, states)
+
+    def reset_parameters(self) -> None:
+        """torch's own draw for torch's own parameters, and each child's for its own."""
+        reach = cast(nn.RNNBase, self).hidden_size ** -0.5
+        for weight in self.parameters(recurse=False):
+            nn.init.uniform_(weight, -reach, reach)
+        for child in self.children():
+            if isinstance(child, RecurrentWeights):
+                child.follow(recurrent_parameters(cast(nn.RNNBase, self)))
+            elif isinstance(child, BetweenLayers | AttentionReadout):
+                child.reset_parameters()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks first; its own error would name an annotation."""
+        fact = f"torch.jit.script cannot compile a {type(self).__name__}."
+        cure = "Use torch.jit.trace, torch.export or torch.onnx.export."
+        raise RefusedError.of("RG923", "", fact, cure)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        """As torch does; tells why keys are missing where the checkpoint is an older one."""
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        held = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        lacking = {
+            name: child
+            for name, child in self.named_children()
+            if held and not any(key.startswith(f"{name}.") for key in held)
+        }
+        recurrent = lacking.pop("recurrent", None)
+        if isinstance(recurrent, RecurrentWeights):
+            # torch hands the children what lies in the dictionary.
+            state_dict.update(_completed(cast(nn.RNNBase, self), recurrent, state_dict, prefix))
+        added = [
+            f"`{name}`" for name, child in lacking.items() if any(True for _ in child.parameters())
+        ]
+        if not added:
+            return
+        fact = f"the checkpoint is from before the rewrite, which has added {' and '.join(added)}."
+        cure = (
+            "Load it into the plain model (`report.undo(structure=True)` gives it back), or "
+            "with `strict=False` to keep what was added as it is."
+        )
+        said = str(Refusal("RG915", prefix.removesuffix("."), fact, cure))
+        # Not an error: torch does not say here whether the load is a strict one.
+        warnings.warn(said, RNNGuardWarning, stacklevel=2)
+
+
+class FusedRNN(_Fused, nn.RNN):
+    """nn.RNN on its own kernel, with up to three children around it (see `FusedLSTM`)."""
+
+
+class FusedLSTM(_Fused, nn.LSTM):
+    """nn.LSTM on its own kernel, with up to three children around it.
+
+    `between` stands between the layers, `recurrent` makes the recurrent weights of each forward,
+    `attention` reads the outputs of all earlier steps. Without any it is nn.LSTM.
+    """
+
+
+class FusedGRU(_Fused, nn.GRU):
+    """nn.GRU on its own kernel, with up to three children around it (see `FusedLSTM`)."""
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: FusedRNN,
+    nn.LSTM: FusedLSTM,
+    nn.GRU: FusedGRU,
+}
+
+
+def _made(module: nn.RNNBase, recurrent: RecurrentWeights, weights: list[Tensor]) -> list[Tensor]:
+    """The flat weights with the recurrent ones replaced by what `recurrent` makes of them."""
+    names = module._flat_weights_names
+    places = [names.index(name) for name in _recurrent_names(module)]
+    made = recurrent([weights[i] for i in places], module.training)
+    replaced = dict(zip(places, made, strict=True))
+    return [replaced.get(i, weight) for i, weight in enumerate(weights)]
+
+
+def _recurrent_names(module: nn.RNNBase) -> list[str]:
+    return [name for name in module._flat_weights_names if name.startswith("weight_hh_l")]
+
+
+def _completed(
+    module: nn.RNNBase, recurrent: RecurrentWeights, state_dict: dict[str, Any], prefix: str
+) -> dict[str, Tensor]:
+    """The keys of `recurrent` for a plain module's checkpoint; none where its weights are amiss."""
+    given = [state_dict.get(prefix + name) for name in _recurrent_names(module)]
+    own = recurrent_parameters(module)
+    fit = [w for w, p in zip(given, own, strict=True) if w is not None and w.shape == p.shape]
+    made = recurrent.completed(fit) if len(fit) == len(own) else {}
+    return {f"{prefix}recurrent.{key}": value for key, value in made.items()}
+
+
+def _layer_by_layer(
+    module: nn.RNNBase, between: BetweenLayers, call: Call, weights: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    rows, last = call.rows, []
+    for layer in range(module.num_layers):
+        fed = between.fed(layer, rows, call.batch_sizes, module.training)
+        output, states = run_layers(module, call, fed, weights, slice(layer, layer + 1))
+        last.append(states)
+        # torch's own dropout: after every layer but the last.
+        dropout = module.dropout if module.training and layer + 1 < module.num_layers else 0.0
+        rows = between.joined(layer, rows, output, dropout)
+    return rows, tuple(torch.cat(states) for states in zip(*last, strict=True))
