@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rnnguard
+from rnnguard.errors import RefusedError
 from rnnguard.measurements import SiteReadings
+from rnnguard.nn import BetweenLayers
 
 STEPS, IN, HIDDEN = 12, 3, 6
 
@@ -80,3 +83,9 @@ def test_a_diagonal_recurrence_loses_its_factor_per_step(u: float) -> None:
 def test_every_cell_is_a_site(name: str) -> None:
     found = readings(getattr(rnnguard.nn, name)(IN, HIDDEN))
     assert found.retention[0] == 0 and len(found.retention) >= STEPS - 1
+
+
+def test_layers_that_are_called_one_by_one_are_refused_in_words() -> None:
+    between = partial(BetweenLayers, norm=True)
+    with pytest.raises(RefusedError, match="FusedLSTM that calls the kernel layer by layer"):
+        readings(rnnguard.nn.FusedLSTM(IN, HIDDEN, num_layers=2, between=between))

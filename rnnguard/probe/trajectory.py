@@ -49,6 +49,10 @@ def trajectories(
     """
     cell = cell_of(module)
     assert cell is not None
+    if len(given.hidden) != len(recurrences(module)):
+        fact = f"a {type(module).__name__} that calls the kernel layer by layer is not measured."
+        cure = "Audit it without what stands between its layers."
+        raise RefusedError.of("RG912", "", fact, cure)
     dtype = torch.float64 if given.x.dtype == torch.float64 else torch.float32
     place = given.x.device if device is None else device
     lengths = given.lengths[:sequences].clamp_max(longest).to(place)
