@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rnnguard.nn.sequences.parts import GateNorms
+from rnnguard.nn.sequences.rungs import chunks
 
 _backward = torch.ops.aten.native_layer_norm_backward.default
 
@@ -49,9 +50,15 @@ def through_input_norm(
 ) -> tuple[Tensor, GateNorms | None]:
     """Back through the input's norm, where there is one: its argument's gradient, and the norms'.
 
-    The recurrent norm's gain has its gradient already.
+    `into` is overwritten, a chunk at a time, since a second plane of its size would cost as much
+    memory as all that torch's module keeps. The recurrent norm's gain has its gradient already.
     """
     if norms is None or fed is None:
         return into, None
-    into, gain_ih, shift = Normed(fed, norms.gain_ih, norms.shift, norms.eps).into_all(into)
+    gain_ih, shift = torch.zeros_like(norms.gain_ih), torch.zeros_like(norms.shift)
+    for piece in chunks(len(fed)):
+        normed = Normed(fed[piece], norms.gain_ih, norms.shift, norms.eps)
+        into[piece], *parts = normed.into_all(into[piece])
+        for total, part in zip((gain_ih, shift), parts, strict=True):
+            total.add_(part)
     return into, GateNorms(gain_ih, gain_hh, shift, norms.eps)

@@ -14,7 +14,7 @@ from rnnguard.inspection.recording import recording_now
 from rnnguard.nn.sequences.packing import emptied, filled, in_slots, tensors_in
 from rnnguard.nn.sequences.precision import half_precision, in_halves, without_autocast
 
-CHUNK = 32  # steps whose coefficients are held at once: enough for large products, little memory
+CHUNK = 16  # steps whose coefficients are held at once: enough for large products, little memory
 
 Call = TypeVar("Call", bound=tuple[Any, ...])
 Tensors = tuple[Tensor, ...]
@@ -64,8 +64,8 @@ def _on_rung(rungs: Rungs[Call], call: Call, kept: Iterable[Tensor | None]) -> T
 def _followed_by_others() -> bool:
     """Whether someone needs operations to follow: a recording, compile, export, vmap and more."""
     return (
-        recording_now()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or recording_now()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
