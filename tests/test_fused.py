@@ -308,5 +308,5 @@ def test_baking_tells_of_the_module_and_not_of_its_parts() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_torchscript_is_refused_with_the_cure() -> None:
-    with pytest.raises(RefusedError, match="cannot compile a FusedLSTM"):
+    with pytest.raises(RefusedError, match="cannot compile this FusedLSTM"):
         torch.jit.script(idle_module("lstm", "between"))

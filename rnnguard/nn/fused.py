@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from rnnguard.errors import Refusal, RefusedError, RNNGuardWarning
 from rnnguard.nn.attention_readout import AttentionReadout
 from rnnguard.nn.between_layers import BetweenLayers
+from rnnguard.nn.contract import refuse_script, warn_of_older_checkpoint
 from rnnguard.nn.fused_call import Call, run_layers, taken_apart
 from rnnguard.nn.recurrent_weights import RecurrentWeights, recurrent_parameters
 
@@ -78,10 +77,8 @@ class _Fused(nn.Module):
                 child.reset_parameters()
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script asks first; its own error would name an annotation."""
-        fact = f"torch.jit.script cannot compile a {type(self).__name__}."
-        cure = "Use torch.jit.trace, torch.export or torch.onnx.export."
-        raise RefusedError.of("RG923", "", fact, cure)
+        """What torch.jit.script asks first."""
+        refuse_script(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         """As torch does; tells why keys are missing where the checkpoint is an older one."""
@@ -96,19 +93,8 @@ class _Fused(nn.Module):
         if isinstance(recurrent, RecurrentWeights):
             # torch hands the children what lies in the dictionary.
             state_dict.update(_completed(cast(nn.RNNBase, self), recurrent, state_dict, prefix))
-        added = [
-            f"`{name}`" for name, child in lacking.items() if any(True for _ in child.parameters())
-        ]
-        if not added:
-            return
-        fact = f"the checkpoint is from before the rewrite, which has added {' and '.join(added)}."
-        cure = (
-            "Load it into the plain model (`report.undo(structure=True)` gives it back), or "
-            "with `strict=False` to keep what was added as it is."
-        )
-        said = str(Refusal("RG915", prefix.removesuffix("."), fact, cure))
-        # Not an error: torch does not say here whether the load is a strict one.
-        warnings.warn(said, RNNGuardWarning, stacklevel=2)
+        added = [name for name, child in lacking.items() if any(True for _ in child.parameters())]
+        warn_of_older_checkpoint(prefix, added)
 
 
 class FusedRNN(_Fused, nn.RNN):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnguard.errors import Refusal, RefusedError, RNNGuardWarning
+from rnnguard.nn.contract import refuse_script, warn_of_older_checkpoint
 
 # Safe for silent input: at zero variance the norm multiplies gradients by 1/sqrt(eps).
 EPSILON = 1e-3
@@ -50,24 +49,15 @@ class _OutputNorm(nn.Module):
         return packed._replace(data=again.data, batch_sizes=again.batch_sizes)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script asks first; its own error would name an annotation."""
-        fact = f"torch.jit.script cannot compile an {type(self).__name__}."
-        cure = "Use torch.jit.trace, torch.export or torch.onnx.export."
-        raise RefusedError.of("RG923", "", fact, cure)
+        """What torch.jit.script asks first."""
+        refuse_script(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         """As torch does; tells why keys are missing where the checkpoint is an older one."""
         super()._load_from_state_dict(state_dict, prefix, *more)
         here = {key for key in state_dict if key.startswith(prefix)}
         if here and not any(key.startswith(f"{prefix}output_norm.") for key in here):
-            fact = "the checkpoint is from before the rewrite, which has added `output_norm`."
-            cure = (
-                "Load it into the plain model (`report.undo(structure=True)` gives it back), or "
-                "with `strict=False` to keep the norm as it is."
-            )
-            said = str(Refusal("RG915", prefix.removesuffix("."), fact, cure))
-            # Not an error: torch does not say here whether the load is a strict one.
-            warnings.warn(said, RNNGuardWarning, stacklevel=2)
+            warn_of_older_checkpoint(prefix, ["output_norm"])
 
 
 class OutputNormRNN(_OutputNorm, nn.RNN):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from rnnguard.errors import Refusal, RefusedError, RNNGuardWarning
 from rnnguard.inspection.gates import GATES, Weights, cell_of, weights_of
+from rnnguard.nn.contract import refuse_script, warn_of_older_checkpoint
 from rnnguard.nn.layout import Laid, laid_out
 from rnnguard.nn.sequences.parts import GRUWeights, LSTMWeights
 from rnnguard.records import Direction
@@ -117,10 +116,8 @@ class Stack(nn.RNNBase):
                 again()
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script asks first; its own error would name an annotation."""
-        fact = f"torch.jit.script cannot compile a {type(self).__name__}."
-        cure = "Use torch.jit.trace, torch.export or torch.onnx.export."
-        raise RefusedError.of("RG923", "", fact, cure)
+        """What torch.jit.script asks first."""
+        refuse_script(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         """As torch does; tells why keys are missing where the checkpoint is a plain module's."""
@@ -128,17 +125,8 @@ class Stack(nn.RNNBase):
         keys = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         held = {key.partition(".")[0] for key in keys}
         added = [name for name, child in self.named_children() if [*child.parameters()]]
-        if not held or held.intersection(added) or not added:
-            return
-        names = ", ".join(f"`{name}`" for name in added)
-        fact = f"the checkpoint is from before the rewrite, which has added {names}."
-        cure = (
-            "Load it into the plain model (`report.undo(structure=True)` gives it back), or "
-            "with `strict=False` to keep what was added as it is."
-        )
-        said = str(Refusal("RG915", prefix.removesuffix("."), fact, cure))
-        # Not an error: torch does not say here whether the load is a strict one.
-        warnings.warn(said, RNNGuardWarning, stacklevel=2)
+        if held and not held.intersection(added):
+            warn_of_older_checkpoint(prefix, added)
 
 
 _eager: Callable[[Stack, Any, Any], tuple[Any, Any]] | None = None
