@@ -73,6 +73,12 @@ def cell_of(module: nn.Module) -> Cell | None:
     return family if family in ("lstm", "gru") else None  # type: ignore[return-value]
 
 
+def carries_cell_state(module: nn.Module) -> bool:
+    """Whether torch's state of the module is (h, c)."""
+    cell = cell_of(module)
+    return cell is not None and GATES[cell].carries_cell_state
+
+
 @dataclass(frozen=True)
 class Weights:
     """The tensors of one layer in one direction, as they stand on the module."""

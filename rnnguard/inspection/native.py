@@ -5,12 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 NATIVE = {
     *("lstm", "gru", "rnn_tanh", "rnn_relu"),
     *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
 }
+
+
+class Onlooker(TorchFunctionMode):
+    """A mode to which a recurrence of rnnguard shows itself as one native call."""
+
+
+def looked_at() -> bool:
+    """Whether an onlooker is there."""
+    depth = torch._C._len_torch_function_stack()
+    return any(isinstance(torch._C._get_function_stack_at(i), Onlooker) for i in range(depth))
 
 
 @dataclass(frozen=True)

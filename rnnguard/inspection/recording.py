@@ -8,17 +8,15 @@ passes, the module it ran in and the user's file:line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from rnnguard.inspection.caller import caller
-from rnnguard.inspection.native import NATIVE, NativeCall, native_call
+from rnnguard.inspection.native import NATIVE, NativeCall, Onlooker, native_call
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _FARTHEST = 4096  # backward steps that an unseen call may consist of
@@ -47,25 +45,13 @@ def record(
     told apart from other constants. Exceptions of `run` pass through.
     """
     recorder = _Recorder(model, inputs, kept)
-    before = _recording.set(True)
-    try:
-        with recorder:
-            recorder.recording.result = run()
-    finally:
-        _recording.reset(before)
+    with recorder:
+        recorder.recording.result = run()
     recorder.close(_held_by(model))
     return recorder.recording
 
 
-_recording: ContextVar[bool] = ContextVar("recording", default=False)
-
-
-def recording_now() -> bool:
-    """Whether a run is being recorded, so that a cell had better show every step of its own."""
-    return _recording.get()
-
-
-class _Recorder(TorchFunctionMode):
+class _Recorder(Onlooker):
     def __init__(self, model: nn.Module, inputs: Any, kept: Iterable[Tensor]) -> None:
         super().__init__()
         self.recording = Recording(fx.Graph())

@@ -9,14 +9,17 @@ and its gradient is then at right angles to it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from rnnguard.inspection.gates import Weights
 from rnnguard.nn.recurrence_bound import Recurrence, chosen_activation, within_norm
 from rnnguard.nn.sequences.elman import elman_sequence
 from rnnguard.nn.stack import Lane, Stack
 from rnnguard.nn.time_scales import share_of_gain
+from rnnguard.records import Direction
 
 
 def bounded_parts(
@@ -58,7 +61,10 @@ class BoundedRNN(Stack, nn.RNN):
         super().__init__(*sizes, **options)
         self.take(bounded_parts(self, activation=chosen, memory=memory, bound=bound))
 
+    def weights_used(self, layer: int, way: Direction) -> Weights:
+        held = super().weights_used(layer, way)
+        return replace(held, hh=within_norm(held.hh, self.recurrence.bound))
+
     def lane(self, lane: Lane) -> tuple[Tensor, ...]:
-        rows, part = lane.rows(), self.recurrence
-        rows = rows._replace(hh=within_norm(rows.hh, part.bound))
-        return elman_sequence(lane.x, lane.states[0], rows, part.activation, kept=lane.over)
+        phi = self.recurrence.activation
+        return elman_sequence(lane.x, lane.states[0], lane.rows(), phi, kept=lane.over)

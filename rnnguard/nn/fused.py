@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
+from rnnguard.inspection.gates import Weights, carries_cell_state, recurrences
 from rnnguard.nn.attention_readout import AttentionReadout
 from rnnguard.nn.between_layers import BetweenLayers
+from rnnguard.nn.call import taken_apart
 from rnnguard.nn.contract import refuse_script, warn_of_older_checkpoint
-from rnnguard.nn.fused_call import Call, run_layers, taken_apart
+from rnnguard.nn.kernel import Kernel
+from rnnguard.nn.one_call import States, as_one_call
 from rnnguard.nn.recurrent_weights import RecurrentWeights, recurrent_parameters
+from rnnguard.probe.stepping import OwnRecurrence
+from rnnguard.records import Direction
 
 _CHILDREN = ("between", "recurrent", "attention")
 
 
-class _Fused(nn.Module):
+class _Fused(OwnRecurrence, nn.Module):
     """Up to three children, each optional, each leaving torch's parameters and keys as they are.
 
     recurrent (RecurrentWeights): makes the recurrent weights of each forward.
@@ -55,15 +62,29 @@ class _Fused(nn.Module):
         weights = cast(list[Tensor], module._flat_weights)
         if recurrent is not None:
             weights = _made(module, recurrent, weights)
-        call = taken_apart(module, input, hx)
+        call = taken_apart(module, input, hx, carries_cell_state(module))
+        kernel = Kernel(module, weights, call.batch_sizes)
         if between is None:
-            every_layer = slice(0, module.num_layers)
-            rows, states = run_layers(module, call, call.rows, weights, every_layer)
+            rows, states = kernel(call.rows, call.states, slice(0, module.num_layers))
         else:
-            rows, states = _layer_by_layer(module, between, call, weights)
+            run = partial(_layer_by_layer, kernel, between)
+            rows, states = as_one_call(module, call.rows, call.batch_sizes, call.states, run)
         if attention is not None:
             rows = attention(rows, call.batch_sizes)
         return call.result(rows, states)
+
+    def weights_used(self, layer: int, way: Direction) -> Weights:
+        held = super().weights_used(layer, way)
+        recurrent = cast(RecurrentWeights | None, self._modules.get("recurrent"))
+        if recurrent is None:
+            return held
+        module = cast(nn.RNNBase, self)
+        made = recurrent(recurrent_parameters(module), module.training)
+        return replace(held, hh=made[recurrences(module).index((layer, way))])
+
+    def above(self, layer: int, fed: Tensor, output: Tensor) -> Tensor:
+        between = cast(BetweenLayers | None, self._modules.get("between"))
+        return output if between is None else between.joined(layer, fed, output, 0.0)
 
     def reset_parameters(self) -> None:
         """torch's own draw for torch's own parameters, and each child's for its own."""
@@ -145,13 +166,13 @@ def _completed(
 
 
 def _layer_by_layer(
-    module: nn.RNNBase, between: BetweenLayers, call: Call, weights: Sequence[Tensor]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    rows, last = call.rows, []
+    kernel: Kernel, between: BetweenLayers, rows: Tensor, states: States
+) -> tuple[Tensor, States]:
+    module, last = kernel.module, []
     for layer in range(module.num_layers):
-        fed = between.fed(layer, rows, call.batch_sizes, module.training)
-        output, states = run_layers(module, call, fed, weights, slice(layer, layer + 1))
-        last.append(states)
+        fed = between.fed(layer, rows, kernel.batch_sizes, module.training)
+        output, own = kernel(fed, states, slice(layer, layer + 1))
+        last.append(own)
         # torch's own dropout: after every layer but the last.
         dropout = module.dropout if module.training and layer + 1 < module.num_layers else 0.0
         rows = between.joined(layer, rows, output, dropout)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from rnnguard.inspection.gates import GATES
 from rnnguard.nn.sequences.gate_last import gate_last_sequence
 from rnnguard.nn.sequences.parts import GRUWeights, Kept
 from rnnguard.nn.stack import Lane, Stack
+from rnnguard.probe.stepping import State
 
 
 class GateLastGRU(Stack, nn.GRU):
@@ -28,12 +30,21 @@ class GateLastGRU(Stack, nn.GRU):
     def takes_pair(self, hx: Any) -> bool:
         return isinstance(hx, tuple)
 
+    def starting(self, state: State) -> State:
+        return state[0], state[-1]
+
     def lane(self, lane: Lane) -> tuple[Tensor, ...]:
         h, c = lane.states[0], lane.states[-1]
         y, *last = gate_last_sequence(
             lane.x, h, c, self._keeping(lane.rows()), Kept(lane.over, lane.over)
         )
         return y, *last[: len(lane.states)]
+
+    def gates(self, lane: Lane) -> dict[str, Tensor]:
+        held, h = lane.rows(), lane.states[0]
+        sums = linear(lane.x[0], held.ih, held.bias_ih) + linear(h, held.hh, held.bias_hh)
+        r, z, n = sums.chunk(3, -1)
+        return {"r": r.sigmoid(), "z": z.sigmoid(), "n": n.tanh()}
 
     def _keeping(self, rows: GRUWeights) -> GRUWeights:
         """The weights for a sequence whose z writes: sigma(-a) is 1 - sigma(a)."""

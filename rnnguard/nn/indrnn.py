@@ -10,16 +10,19 @@ of weight_hh keeps its full size, with zeros off the diagonal.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rnnguard.inspection.gates import Weights
 from rnnguard.nn.recurrence_bound import Recurrence, chosen_activation, within_entries
 from rnnguard.nn.sequences.diagonal import diagonal_sequence
 from rnnguard.nn.sequences.products import both
 from rnnguard.nn.stack import Lane, Stack, suffixes
 from rnnguard.nn.time_scales import share_of_gain
+from rnnguard.records import Direction
 
 
 class IndependentRecurrence(Recurrence):
@@ -110,9 +113,12 @@ class IndRNN(Stack, nn.RNN):
             for name, value in starting_weights(self, self.recurrence).items():
                 nn.init.zeros_(self.get_parameter(name)).add_(value.to(self.get_parameter(name)))
 
+    def weights_used(self, layer: int, way: Direction) -> Weights:
+        held = super().weights_used(layer, way)
+        u = within_entries(held.hh.diagonal(), self.recurrence.bound)
+        return replace(held, hh=torch.diag(u))
+
     def lane(self, lane: Lane) -> tuple[Tensor, ...]:
-        part, held = self.recurrence, lane.weights
-        u = within_entries(held.hh.diagonal(), part.bound)
-        bias = both(held.bias_ih, held.bias_hh)
-        state, phi = lane.states[0], part.activation
+        held, state, phi = lane.weights, lane.states[0], self.recurrence.activation
+        u, bias = held.hh.diagonal(), both(held.bias_ih, held.bias_hh)
         return diagonal_sequence(lane.x, state, held.ih, u, bias, phi, lane.over)

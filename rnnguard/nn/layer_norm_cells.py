@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from rnnguard.inspection.gates import GATES, cell_of
 from rnnguard.nn.output_norm import EPSILON
 from rnnguard.nn.sequences.elman import elman_sequence
-from rnnguard.nn.sequences.gru import gru_sequence
-from rnnguard.nn.sequences.lstm import lstm_sequence
+from rnnguard.nn.sequences.gru import gru_gates, gru_sequence
+from rnnguard.nn.sequences.lstm import lstm_gates, lstm_sequence
+from rnnguard.nn.sequences.normed import norm as normed
 from rnnguard.nn.sequences.parts import GateNorms, Kept, LSTMNorms
 from rnnguard.nn.stack import Lane, Stack, suffixes
 from rnnguard.nn.time_scales import chrono
@@ -118,7 +120,22 @@ def layer_norm_parts(
     }
 
 
-class _GatesNormed(Stack):
+class _Normed(Stack):
+    def norm_of(self, suffix: str) -> GateNorm:
+        """The norm of a layer in a direction, such as `l0_reverse`."""
+        norm = self.get_submodule(f"norm_{suffix}")
+        assert isinstance(norm, GateNorm)
+        return norm
+
+    def drive(self, lane: Lane) -> Tensor:
+        norms, driven = (
+            self.norm_of(lane.suffix).gate_norms(),
+            linear(lane.x, lane.weights.ih, lane.weights.bias_ih),
+        )
+        return driven if norms is None else normed(driven, norms.gain_ih, norms.shift, norms.eps)
+
+
+class _GatesNormed(_Normed):
     def __init__(
         self,
         *sizes: Any,
@@ -131,6 +148,14 @@ class _GatesNormed(Stack):
         super().__init__(*sizes, **options)
         self.take(layer_norm_parts(self, forget=forget, memory=memory, gain=gain, eps=eps))
 
+    def keep_bias(self, suffix: str) -> Tensor | None:
+        norm, cell = self.norm_of(suffix), cell_of(self)
+        assert cell is not None
+        gates = GATES[cell]
+        if gates.keep is None or not norm.active:
+            return None
+        return norm.shift.detach()[gates.block(gates.keep, self.hidden_size)]
+
 
 class LayerNormLSTM(_GatesNormed, nn.LSTM):
     """nn.LSTM with LayerNorm inside the recurrence; same weights and keys, plus `norm_l*`.
@@ -141,11 +166,17 @@ class LayerNormLSTM(_GatesNormed, nn.LSTM):
     """
 
     def lane(self, lane: Lane) -> tuple[Tensor, ...]:
-        norm = self.get_submodule(f"norm_{lane.suffix}")
-        assert isinstance(norm, GateAndCellNorm)
         h, c = lane.states
         kept = Kept(lane.over, lane.over)
-        return lstm_sequence(lane.x, h, c, lane.lstm(), norm.lstm_norms(), kept)
+        return lstm_sequence(lane.x, h, c, lane.lstm(), self._norms(lane), kept)
+
+    def gates(self, lane: Lane) -> dict[str, Tensor]:
+        return lstm_gates(lane.x[0], lane.states[0], lane.lstm(), self._norms(lane))
+
+    def _norms(self, lane: Lane) -> LSTMNorms | None:
+        norm = self.norm_of(lane.suffix)
+        assert isinstance(norm, GateAndCellNorm)
+        return norm.lstm_norms()
 
 
 class LayerNormGRU(_GatesNormed, nn.GRU):
@@ -156,12 +187,15 @@ class LayerNormGRU(_GatesNormed, nn.GRU):
     """
 
     def lane(self, lane: Lane) -> tuple[Tensor, ...]:
-        norm = self.get_submodule(f"norm_{lane.suffix}")
-        assert isinstance(norm, GateNorm)
-        return gru_sequence(lane.x, lane.states[0], lane.rows(), norm.gate_norms(), lane.over)
+        norms = self.norm_of(lane.suffix).gate_norms()
+        return gru_sequence(lane.x, lane.states[0], lane.rows(), norms, lane.over)
+
+    def gates(self, lane: Lane) -> dict[str, Tensor]:
+        norms = self.norm_of(lane.suffix).gate_norms()
+        return gru_gates(lane.x[0], lane.states[0], lane.rows(), norms)
 
 
-class LayerNormRNN(Stack, nn.RNN):
+class LayerNormRNN(_Normed, nn.RNN):
     """nn.RNN with LayerNorm inside the recurrence; same weights and keys, plus `norm_l*`.
 
     Takes what nn.RNN takes, and `gain` and `eps` of `layer_norm_parts`; it has no gate to shift.
@@ -174,9 +208,7 @@ class LayerNormRNN(Stack, nn.RNN):
         self.take(layer_norm_parts(self, gain=gain, eps=eps))
 
     def lane(self, lane: Lane) -> tuple[Tensor, ...]:
-        norm = self.get_submodule(f"norm_{lane.suffix}")
-        assert isinstance(norm, GateNorm)
-        phi, norms = self.nonlinearity, norm.gate_norms()
+        phi, norms = self.nonlinearity, self.norm_of(lane.suffix).gate_norms()
         return elman_sequence(lane.x, lane.states[0], lane.rows(), phi, norms, kept=lane.over)
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from rnnguard.inspection.gates import GATES, Weights, cell_of, weights_of
+from rnnguard.inspection.gates import Weights, carries_cell_state, recurrences
+from rnnguard.nn.call import taken_apart
 from rnnguard.nn.contract import refuse_script, warn_of_older_checkpoint
 from rnnguard.nn.layout import Laid, laid_out
+from rnnguard.nn.one_call import States, as_one_call
 from rnnguard.nn.sequences.parts import GRUWeights, LSTMWeights
+from rnnguard.probe.stepping import OwnRecurrence, Stepping
 from rnnguard.records import Direction
 
 WAYS: tuple[Direction, Direction] = ("forward", "reverse")
@@ -46,7 +50,7 @@ class Lane:
         return LSTMWeights(*self.rows(), self.weights.hr)
 
 
-class Stack(nn.RNNBase):
+class Stack(OwnRecurrence, nn.RNNBase):
     """A subclass of one of torch's modules whose layers run through a sequence of rnnguard's.
 
     Torch's parameters stay, with their names; what a cell needs besides lies in child modules,
@@ -60,11 +64,21 @@ class Stack(nn.RNNBase):
         """Outputs (T, B, n) and the last states of one layer in one direction."""
         raise NotImplementedError
 
+    def gates(self, lane: Lane) -> dict[str, Tensor]:
+        """The gates (1, B, H) of the lane's one step by torch's names, of a cell that has them."""
+        return {}
+
+    def drive(self, lane: Lane) -> Tensor:
+        """What the input adds to the pre-activations of all steps, (T, B, n)."""
+        return lane.x @ lane.weights.ih.t()
+
+    def keep_bias(self, suffix: str) -> Tensor | None:
+        """The keep gate's offset (H,) where it lies in no bias of torch's."""
+        return None
+
     def takes_pair(self, hx: Any) -> bool:
         """Whether the state of this call is (h, c)."""
-        cell = cell_of(self)
-        assert cell is not None
-        return GATES[cell].carries_cell_state
+        return carries_cell_state(self)
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         # In a compiled model a recurrence stays as it is, like torch's own, and keeps its
@@ -73,31 +87,50 @@ class Stack(nn.RNNBase):
         return run(self, input, hx)
 
     def _forward(self, input: Any, hx: Any) -> tuple[Any, Any]:
-        pair = self.takes_pair(hx)
-        laid = laid_out(self, input, hx, pair)
+        call = taken_apart(self, input, hx, self.takes_pair(hx))
+        run = partial(self._layers, call.batch_sizes)
+        return call.result(*as_one_call(self, call.rows, call.batch_sizes, call.states, run))
+
+    def _layers(
+        self, batch_sizes: Tensor | None, rows: Tensor, states: States
+    ) -> tuple[Tensor, States]:
+        laid = laid_out(rows, batch_sizes)
         over, y, last = laid.over(), laid.x, []
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 y = dropout(y, self.dropout, self.training)
             outputs = []
             for way in WAYS if self.bidirectional else WAYS[:1]:
-                output, *states = self._run(laid, y, over, layer, way)
+                output, *own = self._run(laid, y, states, over, layer, way)
                 outputs.append(output)
-                last.append(states)
+                last.append(own)
             y = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
-        final = tuple(laid.final(list(states)) for states in zip(*last, strict=True))
-        return laid.output(y), final if pair else final[0]
+        return laid.rows(y), tuple(torch.stack(own) for own in zip(*last, strict=True))
 
     def _run(
-        self, laid: Laid, y: Tensor, over: Tensor | None, layer: int, way: Direction
+        self, laid: Laid, y: Tensor, states: States, over: Tensor | None, layer: int, way: Direction
     ) -> tuple[Tensor, ...]:
         """One layer in one direction, its outputs in the order of the input."""
         place = layer * (2 if self.bidirectional else 1) + WAYS.index(way)
-        states = tuple(state[place] for state in laid.states)
-        suffix = f"l{layer}_reverse" if way == "reverse" else f"l{layer}"
+        own = tuple(state[place] for state in states)
         x = laid.turned(y) if way == "reverse" else y
-        output, *last = self.lane(Lane(x, states, weights_of(self, layer, way), over, suffix))
+        weights = self.weights_used(layer, way)
+        output, *last = self.lane(Lane(x, own, weights, over, suffix_of(layer, way)))
         return laid.turned(output) if way == "reverse" else output, *last
+
+    def stepping(self, layer: int, way: Direction) -> Stepping:
+        """One step of the layer as its sequence makes it."""
+        weights, suffix = self.weights_used(layer, way), suffix_of(layer, way)
+
+        def lane(x: Tensor, states: States = ()) -> Lane:
+            return Lane(x, states, weights, None, suffix)
+
+        return Stepping(
+            step=lambda x, states: self.lane(lane(x[None], states))[1:],
+            gates=lambda x, states: self.gates(lane(x[None], states)),
+            drive=lambda x: self.drive(lane(x)),
+            keep_bias=self.keep_bias(suffix),
+        )
 
     def take(self, parts: Mapping[str, nn.Module]) -> None:
         """Adds the children that a cell needs, where and as its weights are."""
@@ -139,7 +172,11 @@ def _kept_eager() -> Callable[[Stack, Any, Any], tuple[Any, Any]]:
     return _eager
 
 
+def suffix_of(layer: int, way: Direction) -> str:
+    """The ending of torch's names for a layer in a direction, such as `l0_reverse`."""
+    return f"l{layer}_reverse" if way == "reverse" else f"l{layer}"
+
+
 def suffixes(module: nn.RNNBase) -> list[str]:
     """The endings of torch's names for every layer and direction, in the order of its states."""
-    ways = ("", "_reverse") if module.bidirectional else ("",)
-    return [f"l{layer}{way}" for layer in range(module.num_layers) for way in ways]
+    return [suffix_of(layer, way) for layer, way in recurrences(module)]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnguard.nn.sequences.gru import gru_sequence
-from rnnguard.nn.sequences.lstm import lstm_sequence
+from rnnguard.nn.sequences.gru import gru_gates, gru_sequence
+from rnnguard.nn.sequences.lstm import lstm_gates, lstm_sequence
 from rnnguard.nn.sequences.parts import Kept
 from rnnguard.nn.stack import Lane, Stack
 
@@ -77,6 +77,9 @@ class ZoneoutLSTM(_ZonedOut, nn.LSTM):
         kept = Kept(self.zoneout.of_hidden(lane), self.zoneout.of_cell(lane))
         return lstm_sequence(lane.x, h, c, lane.lstm(), None, kept)
 
+    def gates(self, lane: Lane) -> dict[str, Tensor]:
+        return lstm_gates(lane.x[0], lane.states[0], lane.lstm())
+
 
 class ZoneoutGRU(_ZonedOut, nn.GRU):
     """nn.GRU with zoneout on its state; same weights and keys.
@@ -91,6 +94,9 @@ class ZoneoutGRU(_ZonedOut, nn.GRU):
     def lane(self, lane: Lane) -> tuple[Tensor, ...]:
         kept = self.zoneout.of_hidden(lane)
         return gru_sequence(lane.x, lane.states[0], lane.rows(), None, kept)
+
+    def gates(self, lane: Lane) -> dict[str, Tensor]:
+        return gru_gates(lane.x[0], lane.states[0], lane.rows())
 
 
 ZONEOUT_CELLS: dict[type[nn.Module], type[nn.Module]] = {

@@ -87,7 +87,7 @@ def _measured(
     expansive = first.value - 2 * first.stderr > 0
     shown = growing if expansive else slowest
     site, gates = found.record, GATES[found.record.cell]
-    biases = [gate_bias(r.trajectory.weights, gates, gates.keep) for r in runs if gates.keep]
+    biases = [_keep_bias(run) for run in runs]
     shared = {
         name: getattr(site, name)
         for name in SiteReadings.model_fields.keys() & type(site).model_fields.keys()
@@ -193,10 +193,21 @@ def _seen_by_readout(found: FoundSite, rms: float) -> float:
     return rms / math.sqrt(rms * rms + epsilon)
 
 
+def _keep_bias(run: LayerTrajectory) -> Tensor | None:
+    """The keep gate's offset, wherever the cell holds it."""
+    trajectory, gates = run.trajectory, GATES[run.trajectory.cell]
+    told = None if trajectory.stepping is None else trajectory.stepping.keep_bias
+    if told is not None or gates.keep is None:
+        return told
+    return gate_bias(trajectory.weights, gates, gates.keep)
+
+
 def _drive(run: LayerTrajectory) -> float:
     """Rms of what the input adds to the pre-activations."""
-    driven = run.x @ run.trajectory.weights.ih.T
-    return _rms(driven, run.trajectory.lengths)
+    trajectory = run.trajectory
+    told = trajectory.stepping
+    driven = run.x @ trajectory.weights.ih.T if told is None else told.drive(run.x)
+    return _rms(driven, trajectory.lengths)
 
 
 def _share_silent(run: LayerTrajectory) -> float:

@@ -12,7 +12,13 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from rnnguard.errors import RefusedError
-from rnnguard.inspection.gates import GATES, cell_of, is_single_step, recurrences, weights_of
+from rnnguard.inspection.gates import (
+    carries_cell_state,
+    cell_of,
+    is_single_step,
+    recurrences,
+    weights_of,
+)
 from rnnguard.inspection.sites import SiteInput, recurrent_modules
 from rnnguard.probe.snapshot import untouched
 from rnnguard.probe.trajectory import LayerTrajectory, trajectories
@@ -80,7 +86,7 @@ def standalone_input(
         fact = f"its last axis is {x.shape[-1]}, where the module takes {width} features."
         raise refused("inputs", fact, f"Give {_layout(module)} with F = {width}.")
     sizes = [weights.hh.shape[1]]
-    sizes += [weights.hidden_size] if _has_cell_state(module) else []
+    sizes += [weights.hidden_size] if carries_cell_state(module) else []
     states = _states(module, [(x.shape[1], size) for size in sizes], state, batched)
     dtype = torch.float64 if weights.hh.dtype == torch.float64 else torch.float32
     x, *states = (t.detach().to(weights.hh.device, dtype) for t in (x, *(states or ())))
@@ -127,11 +133,6 @@ def place_of(device: torch.device | str | None) -> torch.device | None:
     if place.type == "meta":
         raise refused("device", "the meta device holds no values.", cure)
     return place
-
-
-def _has_cell_state(module: nn.Module) -> bool:
-    cell = cell_of(module)
-    return cell is not None and GATES[cell].carries_cell_state
 
 
 def _layout(module: nn.Module) -> str:

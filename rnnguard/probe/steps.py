@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnnguard.inspection.gates import GATES, Weights
+from rnnguard.probe.stepping import State, Stepping
 from rnnguard.records import Cell
 
 Factors = dict[str, Tensor]
-State = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Trajectory:
     """One layer in one direction, run over its real inputs in its own order of time.
 
     outputs: h (T, B, P); gates: (T, B, H) each; factors: what the Jacobian products need,
-    (T, B, H) each; lengths: (B,) steps; weights as the cell used them.
+    (T, B, H) each; lengths: (B,) steps; weights as the cell used them. stepping: of a module of
+    rnnguard, whose factors are its inputs and states.
     """
 
     cell: Cell
@@ -35,6 +36,7 @@ class Trajectory:
     gates: dict[str, Tensor]
     factors: Factors
     lengths: Tensor
+    stepping: Stepping | None = None
 
     @property
     def steps(self) -> int:
@@ -46,15 +48,21 @@ class Trajectory:
 
     @property
     def state_size(self) -> int:
+        if self.stepping is not None:
+            return sum(s.shape[-1] for s in _apart(self.factors)[1])
         cell_state = self.weights.hidden_size if GATES[self.cell].carries_cell_state else 0
         return self.weights.hh.shape[1] + cell_state
 
     def push(self, tangents: Tensor, factors: Factors) -> Tensor:
         """J v for tangents (B, k, n), with the factors of one step (B, H)."""
+        if self.stepping is not None:
+            return self.stepping.push(tangents, *_apart(factors))
         return _CELLS[self.cell].push(tangents, _aligned(factors), self.weights)
 
     def pull(self, cotangents: Tensor, factors: Factors) -> Tensor:
         """Transposed J times cotangents (B, k, n), with the factors of one step (B, H)."""
+        if self.stepping is not None:
+            return self.stepping.pull(cotangents, *_apart(factors))
         return _CELLS[self.cell].pull(cotangents, _aligned(factors), self.weights)
 
     def factors_at(self, times: Tensor) -> Factors:
@@ -63,14 +71,21 @@ class Trajectory:
         return {name: value[times, rows] for name, value in self.factors.items()}
 
 
-def run(cell: Cell, weights: Weights, x: Tensor, state: State, lengths: Tensor) -> Trajectory:
+def run(
+    cell: Cell,
+    weights: Weights,
+    x: Tensor,
+    state: State,
+    lengths: Tensor,
+    stepping: Stepping | None = None,
+) -> Trajectory:
     """Steps the cell over x (T, B, F) from its state (B, n) each; frozen behind each length."""
-    driven = functional.linear(x, weights.ih, weights.bias_ih)
+    step = _torchs_own(cell, weights, x) if stepping is None else _told(stepping, x)
     alive = torch.arange(len(x), device=x.device)[:, None] < lengths[None, :]
     parts: list[tuple[Tensor, Factors, Factors]] = []
-    for step in range(len(x)):
-        fresh, gates, factors = _CELLS[cell].step(driven[step], state, weights)
-        keep = alive[step][:, None]
+    for time in range(len(x)):
+        fresh, gates, factors = step(time, state)
+        keep = alive[time][:, None]
         state = tuple(torch.where(keep, new, old) for new, old in zip(fresh, state, strict=True))
         parts.append((state[0], gates, factors))
     outputs = torch.stack([part[0] for part in parts])
@@ -80,7 +95,29 @@ def run(cell: Cell, weights: Weights, x: Tensor, state: State, lengths: Tensor) 
         name: torch.stack([part[2][name] for part in parts]).nan_to_num(0.0, 0.0, 0.0)
         for name in parts[0][2]
     }
-    return Trajectory(cell, weights, outputs, gates, factors, lengths)
+    return Trajectory(cell, weights, outputs, gates, factors, lengths, stepping)
+
+
+_Step = Callable[[int, State], tuple[State, Factors, Factors]]
+
+
+def _torchs_own(cell: Cell, weights: Weights, x: Tensor) -> _Step:
+    driven = functional.linear(x, weights.ih, weights.bias_ih)
+    return lambda time, state: _CELLS[cell].step(driven[time], state, weights)
+
+
+def _told(stepping: Stepping, x: Tensor) -> _Step:
+    def step(time: int, state: State) -> tuple[State, Factors, Factors]:
+        met = {"x": x[time], **{f"state {i}": s for i, s in enumerate(state)}}
+        return stepping.step(x[time], state), stepping.gates(x[time], state), met
+
+    return step
+
+
+def _apart(factors: Factors) -> tuple[Tensor, State]:
+    """The input and the states that a told step met."""
+    x, *state = factors.values()
+    return x, tuple(state)
 
 
 def _aligned(factors: Factors) -> Factors:

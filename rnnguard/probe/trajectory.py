@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rnnguard.errors import RefusedError
 from rnnguard.inspection.gates import Weights, cell_of, recurrences, weights_of
 from rnnguard.inspection.sites import SiteInput
+from rnnguard.probe.stepping import OwnRecurrence
 from rnnguard.probe.steps import Trajectory, run
 from rnnguard.records import Direction
 
@@ -59,14 +60,21 @@ def trajectories(
     x = given.x[: int(lengths.max()), :sequences].to(place, dtype)
     done: list[LayerTrajectory] = []
     outputs: list[Tensor] = []
+    own = _measured_copy(module, place, dtype) if isinstance(module, OwnRecurrence) else None
     for index, (layer, direction) in enumerate(recurrences(module)):
         if direction == "forward" and layer > 0:
-            x, outputs = torch.cat(outputs, -1), []
-        weights = _as(weights_of(module, layer, direction), place, dtype)
+            output, outputs = torch.cat(outputs, -1), []
+            x = output if own is None else own.above(layer - 1, x, output)
         initial = (given.hidden, given.cell_state)
         state = tuple(s[index, :sequences].to(place, dtype) for s in initial if s is not None)
         ordered = x if direction == "forward" else _reversed(x, lengths)
-        trajectory = run(cell, weights, ordered, state, lengths)
+        if own is None:
+            weights = _as(weights_of(module, layer, direction), place, dtype)
+            trajectory = run(cell, weights, ordered, state, lengths)
+        else:
+            weights, stepping = own.weights_used(layer, direction), own.stepping(layer, direction)
+            state = own.starting(state)
+            trajectory = run(cell, weights, ordered, state, lengths, stepping)
         done.append(LayerTrajectory(layer, direction, ordered, trajectory))
         h = trajectory.outputs
         outputs.append(h if direction == "forward" else _reversed(h, lengths))
@@ -105,6 +113,31 @@ def _tried(measure: Callable[[int], Result], count: int) -> tuple[Result] | None
         if "DefaultCPUAllocator" not in str(error):
             raise
         return None
+
+
+def _measured_copy(module: Any, place: torch.device, dtype: torch.dtype) -> Any:
+    """The module outside of training, with its own values in the dtype and place to measure in.
+
+    It shares everything else, so that nothing of the user's that hangs on it is copied.
+    """
+
+    def moved(held: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value if value is None else _cast(value.detach(), place, dtype)
+                for name, value in held.items()}  # fmt: skip
+
+    made = module.__new__(type(module))
+    made.__dict__.update(module.__dict__, training=False)
+    made.__dict__["_parameters"] = moved(module._parameters)
+    made.__dict__["_buffers"] = moved(module._buffers)
+    made.__dict__["_modules"] = {
+        name: child if child is None else _measured_copy(child, place, dtype)
+        for name, child in module._modules.items()
+    }
+    return made
+
+
+def _cast(value: Tensor, place: torch.device, dtype: torch.dtype) -> Tensor:
+    return value.to(place, dtype) if value.is_floating_point() else value.to(place)
 
 
 def _as(weights: Weights, place: torch.device, dtype: torch.dtype) -> Weights:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import rnnguard
+from rnnguard.inspection.native import Onlooker
 from rnnguard.inspection.recording import tensors_in
 from rnnguard.probe.seen_call import Key, Place, SeenCall, is_finite, layout_of, watched
 
@@ -23,7 +23,7 @@ _TORCH, _OURS = (str(Path(str(m.__file__)).parent) + os.sep for m in (torch, rnn
 _MODULES_OF_OURS = (f"{_OURS}nn{os.sep}", f"{_OURS}demo.py")
 
 
-class Watch(TorchFunctionMode):
+class Watch(Onlooker):
     """Inside, every torch call is noted; `origin` then tells where a bad value comes from.
 
     `suspects` are tensors that are not finite from the start.

@@ -35,16 +35,32 @@ def gru_sequence(
     return y, h
 
 
+def gru_gates(
+    x: Tensor, h: Tensor, weights: GRUWeights, norms: GateNorms | None = None
+) -> dict[str, Tensor]:
+    """The gates r, z, n (B, H) of a step from x (B, F) and h (B, H)."""
+    driven, back = fed(x, weights, norms, h.dtype), _back(h, weights, norms, h.dtype)
+    (ur, uz, un), (qr, qz, qn) = driven.chunk(3, -1), back.chunk(3, -1)
+    r = (ur + qr).sigmoid()
+    return {"r": r, "z": (uz + qz).sigmoid(), "n": torch.tanh(un + r * qn)}
+
+
+def fed(x: Tensor, weights: GRUWeights, norms: GateNorms | None, dtype: torch.dtype) -> Tensor:
+    """What the input adds to the gates' sums, (..., 3H)."""
+    driven = linear(x, weights.ih, weights.bias_ih, dtype)
+    return driven if norms is None else norm(driven, norms.gain_ih, norms.shift, norms.eps)
+
+
+def _back(h: Tensor, weights: GRUWeights, norms: GateNorms | None, dtype: torch.dtype) -> Tensor:
+    back = linear(h, weights.hh, weights.bias_hh, dtype)
+    return back if norms is None else norm(back, norms.gain_hh, None, norms.eps)
+
+
 def reference(call: GRUCall) -> Tensors:
     """Rung 0."""
-    weights, norms, h = call.weights, call.norms, call.h0
-    fed, outputs = linear(call.x, weights.ih, weights.bias_ih, h.dtype), []
-    if norms is not None:
-        fed = norm(fed, norms.gain_ih, norms.shift, norms.eps)
-    for t, now in enumerate(fed):
-        back = linear(h, weights.hh, weights.bias_hh, h.dtype)
-        if norms is not None:
-            back = norm(back, norms.gain_hh, None, norms.eps)
+    weights, norms, h, outputs = call.weights, call.norms, call.h0, []
+    for t, now in enumerate(fed(call.x, weights, norms, h.dtype)):
+        back = _back(h, weights, norms, h.dtype)
         (ur, uz, un), (qr, qz, qn) = now.chunk(3, -1), back.chunk(3, -1)
         n = torch.tanh(un + (ur + qr).sigmoid() * qn)
         new = n + (uz + qz).sigmoid() * (h - n)
@@ -59,12 +75,12 @@ def _forward(call: GRUCall) -> tuple[Tensors, Left]:
     hs = h0.new_empty(len(call.x) + 1, *h0.shape)
     hs[0] = h0
     read = torch.empty_like(hs[1:])
-    gates, fed, back = linear(call.x, weights.ih, weights.bias_ih, h0.dtype), None, None
+    gates, driven, back = linear(call.x, weights.ih, weights.bias_ih, h0.dtype), None, None
     if norms is not None:
-        fed, back = gates, torch.empty_like(gates)
-        gates = norm(fed, norms.gain_ih, norms.shift, norms.eps)
+        driven, back = gates, torch.empty_like(gates)
+        gates = norm(driven, norms.gain_ih, norms.shift, norms.eps)
     _step_through(call, gates, read, back, hs)
-    return (hs[1:].clone(), hs[-1].clone()), (gates, read, hs, fed, back)
+    return (hs[1:].clone(), hs[-1].clone()), (gates, read, hs, driven, back)
 
 
 def _step_through(

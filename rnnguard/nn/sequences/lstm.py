@@ -36,18 +36,32 @@ def lstm_sequence(
     return y, h, c
 
 
+def lstm_gates(
+    x: Tensor, h: Tensor, weights: LSTMWeights, norms: LSTMNorms | None = None
+) -> dict[str, Tensor]:
+    """The gates i, f, g, o (B, H) of a step from x (B, F) and h (B, P)."""
+    sums = fed(x, weights, norms, h.dtype) + _back(h, weights, norms, h.dtype)
+    i, f, g, o = sums.chunk(4, -1)
+    return {"i": i.sigmoid(), "f": f.sigmoid(), "g": g.tanh(), "o": o.sigmoid()}
+
+
+def fed(x: Tensor, weights: LSTMWeights, norms: LSTMNorms | None, dtype: torch.dtype) -> Tensor:
+    """What the input adds to the gates' sums, (..., 4H)."""
+    driven = linear(x, weights.ih, weights.bias_ih, dtype)
+    return driven if norms is None else norm(driven, norms.gain_ih, norms.shift, norms.eps)
+
+
+def _back(h: Tensor, weights: LSTMWeights, norms: LSTMNorms | None, dtype: torch.dtype) -> Tensor:
+    back = linear(h, weights.hh, weights.bias_hh, dtype)
+    return back if norms is None else norm(back, norms.gain_hh, None, norms.eps)
+
+
 def reference(call: LSTMCall) -> Tensors:
     """Rung 0."""
     weights, norms, kept = call.weights, call.norms, call.kept
     h, c, outputs = call.h0, call.c0, []
-    fed = linear(call.x, weights.ih, weights.bias_ih, c.dtype)
-    if norms is not None:
-        fed = norm(fed, norms.gain_ih, norms.shift, norms.eps)
-    for t, now in enumerate(fed):
-        back = linear(h, weights.hh, weights.bias_hh, c.dtype)
-        if norms is not None:
-            back = norm(back, norms.gain_hh, None, norms.eps)
-        i, f, g, o = (now + back).chunk(4, -1)
+    for t, now in enumerate(fed(call.x, weights, norms, c.dtype)):
+        i, f, g, o = (now + _back(h, weights, norms, c.dtype)).chunk(4, -1)
         new = read = f.sigmoid() * c + i.sigmoid() * g.tanh()
         if norms is not None:
             read = norm(new, norms.gain_cell, norms.shift_cell, norms.eps)
@@ -65,15 +79,15 @@ def _forward(call: LSTMCall) -> tuple[Tensors, Left]:
     steps = len(call.x)
     hs, cs = h0.new_empty(steps + 1, *h0.shape), c0.new_empty(steps + 1, *c0.shape)
     hs[0], cs[0] = h0, c0
-    fed = back = None
+    driven = back = None
     if norms is None:
         gates = linear(call.x, weights.ih, both(weights.bias_ih, weights.bias_hh), c0.dtype)
     else:
-        fed = linear(call.x, weights.ih, weights.bias_ih, c0.dtype)
-        back = torch.empty_like(fed)
-        gates = norm(fed, norms.gain_ih, norms.shift, norms.eps)
+        driven = linear(call.x, weights.ih, weights.bias_ih, c0.dtype)
+        back = torch.empty_like(driven)
+        gates = norm(driven, norms.gain_ih, norms.shift, norms.eps)
     _step_through(call, gates, back, hs, cs)
-    return (hs[1:].clone(), hs[-1].clone(), cs[-1].clone()), (gates, hs, cs, fed, back)
+    return (hs[1:].clone(), hs[-1].clone(), cs[-1].clone()), (gates, hs, cs, driven, back)
 
 
 def _step_through(

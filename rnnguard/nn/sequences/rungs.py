@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnguard.inspection.recording import recording_now
 from rnnguard.nn.sequences.packing import emptied, filled, in_slots, tensors_in
 from rnnguard.nn.sequences.precision import half_precision, in_halves, without_autocast
 
@@ -62,10 +61,9 @@ def _on_rung(rungs: Rungs[Call], call: Call, kept: Iterable[Tensor | None]) -> T
 
 
 def _followed_by_others() -> bool:
-    """Whether someone needs operations to follow: a recording, compile, export, vmap and more."""
+    """Whether someone needs operations to follow: compile, export, vmap and more."""
     return (
         torch.compiler.is_compiling()
-        or recording_now()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
