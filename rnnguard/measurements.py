@@ -196,6 +196,7 @@ class SiteReadings(Record):
     trained: bool
     provenance: Provenance | None = None
     keep_gate: bool
+    layer_ratio: float | None = None
     entries: tuple[str, ...] = ()
     gates: tuple[str, ...] = ()
     level: Level = "unknown"

@@ -9,12 +9,13 @@ from torch import nn
 from rnnguard.decision.diagnosis import diagnose
 from rnnguard.decision.planning import SITE_SCOPES, allowed, matching, prescribed, reason
 from rnnguard.decision.rulebook import Rulebook, Scenario
-from rnnguard.decision.verification import Aim, Verdict, distance_from_health, spared, verify
+from rnnguard.decision.verification import Verdict, distance_from_health, spared, verify, wanting
 from rnnguard.errors import Refusal, RewriteError, refuse
 from rnnguard.inspection.gates import is_plain
 from rnnguard.inspection.sites import FoundSite
 from rnnguard.inspection.written import WrittenSite
 from rnnguard.measurements import SiteReadings
+from rnnguard.nn.contract import is_ours
 from rnnguard.probe.measurement import Look, measure
 from rnnguard.probe.subject import Subject
 from rnnguard.records import TIERS, Change, Plan, Tier
@@ -73,7 +74,7 @@ class Mending:
     def _mend_site(self, path: str) -> None:
         self.refusals += _left_alone(self.look.measurement[path], self.tiers)
         for scope in SITE_SCOPES:
-            # What the recurrence's remedies have changed decides about input and output.
+            # What the remedies of one scope have changed decides about the next.
             site, run = self.look.measurement[path], self.look.measurement.run
             row = matching(self.rulebook, scope, site, run)
             if row is None:
@@ -87,7 +88,7 @@ class Mending:
         """Applies one remedy at a site and keeps it only if its reading improved."""
         before = self.look.measurement[path]
         module = target(self.subject.model, remedy, path)
-        if remedy.aim == "health" and distance_from_health(before) == 0:
+        if not wanting(remedy.aim, before):
             return
         change = prescribed(row, why, remedy, before, self.look.measurement.run)
         change = None if change is None else self._not_yet_failed(change, remedy)
@@ -99,10 +100,9 @@ class Mending:
         remedy.apply(self.edit, module, change.dose)
         if self.edit.mark() == mark:
             return
-        assert remedy.aim is not None
         look = diagnosed(measure(self.subject))
         self._check(look)
-        verdict = self._judged(remedy.aim, look, path)
+        verdict = self._judged(remedy, look, path)
         if verdict.kept:
             self.look = look
         else:
@@ -111,14 +111,14 @@ class Mending:
         result = {"outcome": outcome, "result": verdict.sentence}
         self.changes.append(change.model_copy(update=result))
 
-    def _judged(self, aim: Aim, look: Look, path: str) -> Verdict:
+    def _judged(self, remedy: Remedy, look: Look, path: str) -> Verdict:
         """Whether the change did at `path` what it was made for, and no harm elsewhere."""
         was, now = self.look.measurement, look.measurement
         if gone := {site.path for site in was.sites} - {site.path for site in now.sites}:
             return Verdict(False, f"the model no longer runs {', '.join(sorted(gone))}")
         if now.run.nonfinite and not was.run.nonfinite:
             return Verdict(False, "loss or gradient became non-finite")
-        verdict = verify(aim, was[path], now[path])
+        verdict = verify(remedy.aim, was[path], now[path], remedy.tier)
         weights = {site.record.path: _weights(self.subject.model, site) for site in self.look.sites}
         tied = [other for other in weights if other != path and weights[other] & weights[path]]
         if harmed := [other for other in tied if not spared(was[other], now[other])]:
@@ -143,7 +143,7 @@ class Mending:
         )
 
     def _may_change(self, remedy: Remedy, path: str, module: nn.Module) -> bool:
-        if remedy.tier != "structure":
+        if remedy.tier != "structure" or is_ours(module):
             return True
         if not is_plain(module):
             fact = f"{type(module).__name__} is a class of its own, which is not morphed."

@@ -19,7 +19,7 @@ from rnnguard.inspection.progress import stepped
 from rnnguard.inspection.provenance import provenance_of, provenance_of_written
 from rnnguard.inspection.wrappers import opened
 from rnnguard.measurements import Provenance
-from rnnguard.nn.output_norm import OUTPUT_NORMS
+from rnnguard.nn.contract import is_ours
 from rnnguard.probe.measurement import optimizer_kind
 from rnnguard.records import Change, Dose, Plan, near_miss
 from rnnguard.remedies import REMEDIES
@@ -173,7 +173,7 @@ def _idle(
     if change.remedy in ("adamw", "amsgrad") and optimizer_kind(optimizer) not in _ADAMS:
         fact = f"the plan's {change.remedy} is made for Adam, not {type(optimizer).__name__}."
         yield Refusal("RG915", "optimizer", fact, _ANEW)
-    elif rehearsal.verbs or type(module) in OUTPUT_NORMS.values():
+    elif rehearsal.verbs or _in_place(REMEDY[change.remedy], module):
         return
     elif REMEDY[change.remedy].tier == "structure" and not is_plain(module):
         fact = f"{type(module).__name__} is a class of its own, which is not morphed."
@@ -181,6 +181,12 @@ def _idle(
     else:
         fact = f"the plan's {change.remedy} finds nothing here to act on."
         yield Refusal("RG915", place, fact, _ANEW)
+
+
+def _in_place(remedy: Remedy, module: nn.Module) -> bool:
+    """Whether the module is what the remedy makes of one."""
+    here = remedy.adds is None or hasattr(module, remedy.adds)
+    return remedy.tier == "structure" and is_ours(module) and here
 
 
 def _trained(

@@ -64,6 +64,14 @@ def one() -> nn.Module:
     return nn.LSTM(H, H)
 
 
+def gated() -> nn.Module:
+    return nn.GRU(H, H)
+
+
+def deep() -> nn.Module:
+    return nn.RNN(H, H, num_layers=2)
+
+
 def shared() -> nn.Module:
     """One recurrence under two paths, and one whose weight is tied to it."""
     model = nn.Module()
@@ -80,7 +88,13 @@ def three() -> nn.Module:
     return model
 
 
-MODELS = {"one": (one, [""]), "shared": (shared, ["a", "alias", "b"]), "three": (three, "012")}
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "one": (one, [""]),
+    "gated": (gated, [""]),
+    "deep": (deep, [""]),
+    "shared": (shared, ["a", "alias", "b"]),
+    "three": (three, ["0", "1", "2"]),
+}
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd": lambda m: SGD(m.parameters(), 0.1, momentum=0.9),
     "adam": lambda m: Adam(m.parameters(), 0.01, weight_decay=0.1),
@@ -104,6 +118,21 @@ DOSES: dict[str, Any] = {
     "critical_gain": st.fixed_dictionaries({"factor": st.floats(0.5, 2.0)}),
     "variance_scaling": st.fixed_dictionaries({"input_rms": st.just(2.0), "seed": SEEDS}),
     "layer_norm": st.just({}),
+    "layer_norm_between": st.just({}),
+    "residual": st.fixed_dictionaries({"shortcut": st.sampled_from(["residual", "highway"])}),
+    "variational_dropout": st.just({"dropout": 0.2, "input_dropout": 0.1}),
+    "weight_drop": st.just({"p": 0.5}),
+    "weight_norm": st.fixed_dictionaries({"over": st.sampled_from(["row", "gate"])}),
+    "orthogonal_parametrization": st.just({}),
+    "spectral_bound": st.just({"bound": 0.5}),
+    "attention_readout": st.fixed_dictionaries({"seed": SEEDS}),
+    "layer_norm_inside": st.fixed_dictionaries({"memory": st.integers(3, 99)}),
+    "zoneout": st.just({"hidden": 0.1, "cell": 0.2}),
+    "residual_rnn": st.fixed_dictionaries({"memory": st.integers(2, 99)}),
+    "bounded_rnn": st.fixed_dictionaries({"memory": st.integers(1, 99)}),
+    "indrnn": st.fixed_dictionaries({"memory": st.integers(1, 99), "seed": SEEDS}),
+    "gated_rnn": st.fixed_dictionaries({"memory": st.integers(3, 99), "seed": SEEDS}),
+    "gate_last_gru": st.just({}),
     "clip_gradient": st.fixed_dictionaries({"max_norm": st.floats(0.1, 9.0)}),
     "warmup_cosine": st.fixed_dictionaries({"warmup": st.integers(2, 9)}),
     "nonfinite_guard": st.fixed_dictionaries(
@@ -126,7 +155,7 @@ def changes(draw: st.DrawFn, paths: list[str]) -> Change:
 @st.composite
 def plans(draw: st.DrawFn) -> tuple[str, Plan]:
     kind = draw(st.sampled_from(sorted(MODELS)))
-    several = st.lists(changes(list(MODELS[kind][1])), min_size=1, max_size=4)
+    several = st.lists(changes(MODELS[kind][1]), min_size=1, max_size=4)
     return kind, Plan(changes=tuple(draw(several)))
 
 
@@ -143,6 +172,7 @@ def prepared(kind: str, name: str, used: bool) -> tuple[nn.Module, Optimizer]:
 
 PLANS = 500
 verbs_seen: list[int] = []
+remedies_seen: set[str] = set()
 
 
 @settings(
@@ -161,7 +191,7 @@ def test_a_fault_after_any_verb_of_any_plan_leaves_no_trace(
     before = fingerprint(model, optimizer)
     whole = FaultAfter(model, optimizer, 0, None)
     with transaction(whole):
-        replay(model, whole, ordered)
+        remedies_seen.update(change.remedy for change in replay(model, whole, ordered))
     whole.undo_()
     assert fingerprint(model, optimizer) == before
     verbs_seen.append(whole.count)
@@ -178,6 +208,7 @@ def test_there_were_enough_of_them() -> None:
     """Runs after the test above, in the order of the file; alone it has nothing to count."""
     if verbs_seen:
         assert len(verbs_seen) >= PLANS and sum(verbs_seen) > 1000
+        assert remedies_seen == set(DOSES)
 
 
 # --- in the middle of a verb, and on the way back ----------------------------------------

@@ -213,7 +213,8 @@ def test_a_norm_is_taken_back_with_its_parameters(
     model, x = Chain(lstm()), noise()
     optimizer = Adam(model.named_parameters())
     before = fingerprint(model, optimizer)
-    report = mend(model, x, optimizer, rules=folder_of(tmp_path, row), tiers=("structure",))
+    rules = folder_of(tmp_path, row)
+    report = mend(model, x, optimizer, rules=rules, tiers=("structure",), memory=3)
     assert [(change.remedy, change.outcome) for change in report.changes] == [
         ("layer_norm", "taken back")
     ]

@@ -95,6 +95,8 @@ def test_each_scope_has_its_own_match(book: Rulebook) -> None:
     assert {s: row.id if row else None for s, row in found.items()} == {
         "recurrence": "long",
         "input": "of-the-input",
+        "structure": None,
+        "depth": None,
         "output": None,
     }
 

@@ -233,7 +233,10 @@ def test_gates_without_bias_get_what_can_be_had() -> None:
     model = Net(rnn=nn.GRU(5, 16, batch_first=True, bias=False))
     optimizer = torch.optim.Adam(model.parameters())
     report = rnnguard.stabilize(model, optimizer, inputs=torch.randn(6, 60, 5), memory=60)
-    assert [c.remedy for c in report.changes if c.path == "rnn"] == ["orthogonal"]
+    assert [c.remedy for c in report.changes if c.path == "rnn"] == [
+        "orthogonal",
+        "layer_norm_inside",
+    ]
 
 
 def test_a_plan_for_adam_is_not_replayed_on_sgd() -> None:

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 from factories import site_readings
 
-from rnnguard.decision.verification import NOTICEABLE, distance_from_health, spared, verify
+from rnnguard.decision.verification import (
+    NOTICEABLE,
+    UNEVEN,
+    Aim,
+    distance_from_health,
+    spared,
+    verify,
+    wanting,
+)
 
 FADED = math.log10(0.05)
 
@@ -129,3 +137,60 @@ def test_a_site_beside_the_one_aimed_at_keeps_its_health(
     before: dict[str, Any], after: dict[str, Any], expected: bool
 ) -> None:
     assert spared(site_readings(**before), site_readings(**after)) is expected
+
+
+@pytest.mark.parametrize(
+    ("now", "kept"),
+    [(FADED, True), (FADED - 3.9, True), (FADED - 4.1, False), (FADED - 8.1, False)],
+)
+def test_structure_must_lead_half_of_the_way(now: float, kept: bool) -> None:
+    before = site_readings(retention_at_memory=FADED - 8)
+    after = site_readings(retention_at_memory=now)
+    assert verify("health", before, after, "structure").kept is kept
+    assert verify("health", before, after, "values").kept is (now > FADED - 8)
+
+
+def test_structure_that_heals_the_last_bit_is_kept() -> None:
+    before, after = (site_readings(retention_at_memory=FADED + x) for x in (-0.1, 0.1))
+    assert verify("health", before, after, "structure").kept
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "other", "kept"),
+    [
+        (1e5, 3.0, {}, True),
+        (1e5, 1e4, {}, True),
+        (1e5, 2e5, {}, False),
+        (1e5, None, {}, True),
+        (1e5, 3.0, SICK, False),
+    ],
+)
+def test_what_aims_at_depth(
+    was: float, now: float | None, other: dict[str, Any], kept: bool
+) -> None:
+    before, after = site_readings(layer_ratio=was), site_readings(layer_ratio=now, **other)
+    verdict = verify("depth", before, after)
+    assert verdict.kept is kept and "ratio of the layers" in verdict.sentence
+
+
+@pytest.mark.parametrize(("after", "kept"), [({}, True), (SICK, False), (WILD, False)])
+def test_without_an_aim_it_may_only_not_harm(after: dict[str, Any], kept: bool) -> None:
+    assert verify(None, site_readings(), site_readings(**after)).kept is kept
+
+
+@pytest.mark.parametrize(
+    ("aim", "fields", "expected"),
+    [
+        ("health", {}, False),
+        ("health", SICK, True),
+        ("depth", {"layer_ratio": UNEVEN}, False),
+        ("depth", {"layer_ratio": None}, False),
+        ("depth", {"layer_ratio": 2 * UNEVEN}, True),
+        ("output", {}, True),
+        (None, {}, True),
+    ],
+)
+def test_what_leaves_something_to_do(
+    aim: Aim | None, fields: dict[str, Any], expected: bool
+) -> None:
+    assert wanting(aim, site_readings(**fields)) is expected

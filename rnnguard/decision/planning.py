@@ -10,7 +10,8 @@ from rnnguard.decision.rulebook import FORM, Rulebook, Scenario
 from rnnguard.measurements import RunReadings, SiteReadings
 from rnnguard.records import Change, Dose, Tier
 
-SITE_SCOPES = ("recurrence", "input", "output")
+# In this order: structure is for what values have not cured.
+SITE_SCOPES = ("recurrence", "input", "structure", "depth", "output")
 
 
 class Prescriber(Protocol):

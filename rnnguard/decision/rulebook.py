@@ -71,13 +71,14 @@ class Rule(Row):
 class Scenario(Row):
     """Which situation calls for which combination of remedies, with doses, reason and source.
 
-    The first matching row of each scope wins: at a site one for its recurrence, one for its
-    input and one for its output, and one for the run. A dose is a number or the name of a
-    reading, and `by` the name of a form of the remedy.
+    The first matching row of each scope wins. At a site there is one for its recurrence, one for
+    its input, one for its structure (on the readings that the changed values then give), one for
+    the depth of its layers and one for its output; and there is one for the run. A dose is
+    a number or the name of a reading, and `by` the name of a form of the remedy.
     """
 
     id: str = Name
-    scope: Literal["recurrence", "input", "output", "run"] = "recurrence"
+    scope: Literal["recurrence", "input", "structure", "depth", "output", "run"] = "recurrence"
     codes: tuple[str, ...] = ()
     when: When
     apply: tuple[str, ...]

@@ -9,11 +9,14 @@ from typing import Literal
 
 from rnnguard.decision.diagnosis import EXPANSIVE_OVER_WINDOW, FADED, GROWTH_LIMIT
 from rnnguard.measurements import SiteReadings
+from rnnguard.records import Tier
 
-Aim = Literal["health", "growth", "input", "output"]
+Aim = Literal["health", "growth", "input", "output", "depth"]
 
 # Half a decade of retention is beyond the spread of the estimate over directions.
 NOTICEABLE = 0.5
+# Adam brings layers to one pace whose gradients differ by less.
+UNEVEN = 1e3
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,13 @@ def distance_from_health(site: SiteReadings) -> float:
     return fade + _growth(site)
 
 
+def wanting(aim: Aim | None, site: SiteReadings) -> bool:
+    """Whether the reading that a remedy aims at leaves anything to do."""
+    if aim == "health":
+        return distance_from_health(site) > 0
+    return aim != "depth" or (site.layer_ratio or 1.0) > UNEVEN
+
+
 def _growth(site: SiteReadings) -> float:
     """Decades of growth beyond the limits; a rescale may trade them for fading, cured next."""
     excess = max(0.0, math.log10(max(site.growth, 1e-300)) - math.log10(GROWTH_LIMIT))
@@ -39,11 +49,21 @@ def _growth(site: SiteReadings) -> float:
     return excess + over / math.log(10)
 
 
-def verify(aim: Aim, before: SiteReadings, after: SiteReadings) -> Verdict:
-    """Compares the reading that the remedy aims at; health must never be lost for another aim."""
+def verify(
+    aim: Aim | None, before: SiteReadings, after: SiteReadings, tier: Tier = "values"
+) -> Verdict:
+    """Compares the reading that the remedy aims at; health must never be lost for another aim.
+
+    A change of structure is for good, so it must lead to health or half of the way there.
+    Without an aim, for what was asked for and no probe can judge, that is all there is to hold.
+    """
     lost = distance_from_health(after) - distance_from_health(before)
+    if aim is None:
+        return Verdict(lost < NOTICEABLE, _health_sentence(before, after))
     if aim == "health":
-        enough = -lost >= NOTICEABLE or (lost < 0 and distance_from_health(after) == 0)
+        healthy = lost < 0 and distance_from_health(after) == 0
+        least = distance_from_health(before) / 2 if tier == "structure" else 0.0
+        enough = -lost >= max(NOTICEABLE, least) or healthy
         # Nothing may be cured of fading by making it explode.
         kept = enough and _growth(after) <= _growth(before)
         return Verdict(kept, _health_sentence(before, after))
@@ -66,6 +86,7 @@ def spared(before: SiteReadings, after: SiteReadings) -> bool:
 _READINGS: dict[Aim, tuple[str, Callable[[SiteReadings], float]]] = {
     "input": ("input drive", lambda site: site.input_drive or 0.0),
     "output": ("output rms", lambda site: site.output_rms or 0.0),
+    "depth": ("ratio of the layers' gradients", lambda site: site.layer_ratio or 1.0),
 }
 
 

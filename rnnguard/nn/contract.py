@@ -11,6 +11,11 @@ from torch import nn
 from rnnguard.errors import Refusal, RefusedError, RNNGuardWarning
 
 
+def is_ours(module: nn.Module) -> bool:
+    """Whether the module's class is one of rnnguard.nn, which a rewrite may have put there."""
+    return type(module).__module__.startswith(f"{__package__}.")
+
+
 def refuse_script(module: nn.Module) -> NoReturn:
     """What torch.jit.script is told; its own error would name an annotation."""
     fact = f"torch.jit.script cannot compile this {type(module).__name__}."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,15 @@ PASSES = 3  # more would cost an audit more training steps than they tell
 
 @dataclass(frozen=True)
 class Gradients:
-    """Total gradient norm per batch and mean loss; `nonfinite` when any was not finite."""
+    """Total gradient norm per batch and mean loss; `nonfinite` when any was not finite.
+
+    `by_parameter`: the median norm of each parameter that had a gradient in any batch, by name.
+    """
 
     norms: tuple[float, ...]
     loss: float | None
     nonfinite: bool
+    by_parameter: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -35,12 +39,13 @@ class Gradients:
         return max(finite) / self.median if finite and self.median > 0 else 1.0
 
 
-def parameter_gradients(model: nn.Module, scalar: Tensor) -> list[Tensor]:
-    """The gradients of the model's parameters; nothing outside the model gets one.
+def parameter_gradients(model: nn.Module, scalar: Tensor) -> dict[str, Tensor]:
+    """The gradients of the model's parameters by name; nothing outside the model gets one.
 
     The graph is kept, since a state from an earlier call may be part of it.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
     try:
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
             scalar, parameters, retain_graph=True, allow_unused=True
@@ -53,13 +58,15 @@ def parameter_gradients(model: nn.Module, scalar: Tensor) -> list[Tensor]:
         found = tuple(p.grad for p in parameters)
         for parameter in parameters:
             parameter.grad = None
-    return [gradient.detach() for gradient in found if gradient is not None]
+    pairs = zip(named, found, strict=True)
+    return {name: gradient.detach() for name, gradient in pairs if gradient is not None}
 
 
 def gradient_norms(model: nn.Module, batches: Batches, seed: int) -> Gradients:
     """One backward pass for a few of the batches, first and last among them; in `untouched`."""
     norms: list[float] = []
     losses: list[float] = []
+    of: dict[str, list[float]] = {}
     for batch in _spread(batches.batches):
         batch = batches.fresh(batch)
         scalar = batches.scalar(batches.forward(model, batch), batch, seed)
@@ -67,11 +74,18 @@ def gradient_norms(model: nn.Module, batches: Batches, seed: int) -> Gradients:
             continue
         losses.append(float(scalar.detach()))
         found = parameter_gradients(model, scalar)
-        dense = [g.to_dense() if g.is_sparse else g for g in found]
-        norms.append(float(torch.nn.utils.get_total_norm(dense)) if dense else 0.0)
+        dense = {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
+        norms.append(_norm(dense.values()) if dense else 0.0)
+        for name, gradient in dense.items():
+            of.setdefault(name, []).append(_norm([gradient]))
     nonfinite = not all(map(math.isfinite, (*norms, *losses)))
     loss = statistics.fmean(losses) if losses and batches.has_loss else None
-    return Gradients(tuple(norms), loss, nonfinite)
+    by_parameter = {name: statistics.median(found) for name, found in of.items()}
+    return Gradients(tuple(norms), loss, nonfinite, by_parameter)
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm(tensors))
 
 
 def _spread(batches: Sequence[Batch]) -> list[Batch]:

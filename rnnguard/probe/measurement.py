@@ -27,6 +27,7 @@ from rnnguard.measurements import Measurement, Provenance, RunReadings, Site, Si
 from rnnguard.probe.backflow import Backflow
 from rnnguard.probe.carryover import carried_over, kept_tensors
 from rnnguard.probe.gradients import Gradients, gradient_norms
+from rnnguard.probe.layer_ratio import layer_ratio
 from rnnguard.probe.readings import Memory, measure_site, memory_needed
 from rnnguard.probe.snapshot import untouched
 from rnnguard.probe.subject import Subject
@@ -65,6 +66,8 @@ def measure(subject: Subject) -> Look:
         gradients = gradient_norms(model, batches, subject.seed)
     run = run_readings(subject, gradients, time.perf_counter() - started)
     run = run.model_copy(update={"graph_kept": graph_kept})
+    ratios = {site.record.path: layer_ratio(site, gradients.by_parameter) for site in native}
+    sites = [s.model_copy(update={"layer_ratio": ratios.get(s.path)}) for s in sites]
     signature = tuple(_form(tensor) for tensor in tensors_in(recording.result))
     measurement = Measurement(run=run, sites=tuple(sites))
     found: tuple[FoundSite | WrittenSite, ...] = (*native, *(site for site, _ in written))

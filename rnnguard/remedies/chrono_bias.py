@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from rnnguard.inspection.gates import recurrences, weights_of
 from rnnguard.measurements import RunReadings, SiteReadings
 from rnnguard.records import Dose
-from rnnguard.remedies.remedy import Remedy, each_weights, seeded, stratified, write_keep_bias_
+from rnnguard.remedies.remedy import Remedy, seeded, stratified, write_keep_bias_
 from rnnguard.rewrite.edit import Edit
 
 
@@ -24,9 +25,9 @@ def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dos
 def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
     generator = seeded(dose)
     t_max = float(dose["t_max"] or 0)
-    for weights in each_weights(module):
-        spread = stratified(weights.hidden_size, generator)
-        write_keep_bias_(edit, module, weights, (1 + (t_max - 2) * spread).log())
+    for layer, direction in recurrences(module):
+        spread = stratified(weights_of(module, layer, direction).hidden_size, generator)
+        write_keep_bias_(edit, module, layer, direction, (1 + (t_max - 2) * spread).log())
 
 
 CHRONO_BIAS = Remedy(

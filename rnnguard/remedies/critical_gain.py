@@ -6,11 +6,13 @@ Pennington and Schoenholz 2018), so it is read off the data-driven trajectory.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
+from rnnguard.inspection.gates import Weights
 from rnnguard.measurements import RunReadings, SiteReadings
+from rnnguard.nn.indrnn import IndRNN
 from rnnguard.records import Dose
-from rnnguard.remedies.remedy import Remedy, each_weights
+from rnnguard.remedies.remedy import Remedy, scaled_units, write_recurrent_
 from rnnguard.rewrite.edit import Edit
 
 CAUTION = 0.7
@@ -30,8 +32,15 @@ def gentler(dose: Dose) -> Dose:
 
 
 def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
-    for weights in each_weights(module):
-        edit.write_(weights.hh, weights.hh.detach() * float(dose["factor"] or 1.0))
+    factor = float(dose["factor"] or 1.0)
+
+    def fresh(weights: Weights) -> Tensor:
+        held = weights.hh.detach()
+        if isinstance(module, IndRNN):
+            return scaled_units(held, module.recurrence, factor)
+        return held * factor
+
+    write_recurrent_(edit, module, fresh)
 
 
 CRITICAL_GAIN = Remedy(

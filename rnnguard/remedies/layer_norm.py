@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from rnnguard.inspection.gates import is_plain, is_single_step
 from rnnguard.nn.output_norm import OUTPUT_NORMS, output_norm, output_width
 from rnnguard.records import Dose
+from rnnguard.remedies.morph import Parts, morph_with
 from rnnguard.remedies.remedy import Remedy
 from rnnguard.rewrite.edit import Edit
 
 
+def _parts(module: nn.RNNBase) -> Parts:
+    return {"output_norm": output_norm(output_width(module))}
+
+
 def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
-    if not is_plain(module) or is_single_step(module):
-        return
-    parameters = list(module.parameters())
-    like = next((p for p in parameters if p.requires_grad), parameters[0])
-    # A frozen recurrence stays frozen; a norm that no optimizer holds would never train.
-    norm = output_norm(output_width(module)).requires_grad_(like.requires_grad)
-    edit.morph_(module, OUTPUT_NORMS[type(module)], output_norm=norm)
-    path = edit.path_of(module)
-    prefix = f"{path}.output_norm" if path else "output_norm"
-    edit.adopt_({f"{prefix}.{n}": p for n, p in norm.named_parameters()}, like=like)
+    morph_with(edit, module, OUTPUT_NORMS, _parts)
 
 
 LAYER_NORM = Remedy(

@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rnnguard.inspection.gates import GATES, cell_of
+from rnnguard.inspection.gates import GATES, Weights, cell_of
+from rnnguard.nn.indrnn import IndRNN
 from rnnguard.records import Dose
-from rnnguard.remedies.remedy import Remedy, each_weights, seeded, with_seed
+from rnnguard.remedies.remedy import (
+    Remedy,
+    each_weights,
+    seeded,
+    with_seed,
+    write_recurrent_,
+)
 from rnnguard.rewrite.edit import Edit
 
 
@@ -17,11 +24,16 @@ def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
     blocks = len(GATES[cell].blocks)
     generator = seeded(dose)
     gain = float(dose.get("gain") or 1.0)
-    for weights in each_weights(module):
-        parts = [_orthogonal(b, gain, generator) for b in weights.hh.detach().chunk(blocks)]
-        edit.write_(weights.hh, torch.cat(parts))
-        if blocks > 1:
-            continue
+    # Only the diagonal acts between independent units, and an orthogonal matrix's is small.
+    if isinstance(module, IndRNN):
+        return
+
+    def fresh(weights: Weights) -> Tensor:
+        parts = weights.hh.detach().chunk(blocks)
+        return torch.cat([_orthogonal(part, gain, generator) for part in parts])
+
+    write_recurrent_(edit, module, fresh)
+    for weights in each_weights(module) if blocks == 1 else ():
         # A constant drive makes an orthogonal recurrence wander into saturation.
         for bias in (weights.bias_ih, weights.bias_hh):
             if bias is not None:

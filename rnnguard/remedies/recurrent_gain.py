@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rnnguard.inspection.gates import GATES, cell_of
+from rnnguard.inspection.gates import GATES, Weights, cell_of
+from rnnguard.nn.indrnn import IndRNN
 from rnnguard.probe.readings import spectral_radius
 from rnnguard.records import Dose
-from rnnguard.remedies.remedy import Remedy, each_weights
+from rnnguard.remedies.remedy import Remedy, scaled_units, write_recurrent_
 from rnnguard.rewrite.edit import Edit
 
 
@@ -16,18 +17,32 @@ def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
     cell = cell_of(module)
     assert cell is not None
     target = float(dose.get("target") or 1.0)
-    for weights in each_weights(module):
-        blocks = weights.hh.detach().chunk(len(GATES[cell].blocks))
-        edit.write_(weights.hh, torch.cat([_bounded(b, weights.hr, target) for b in blocks]))
+    blocks = len(GATES[cell].blocks)
+
+    def fresh(weights: Weights) -> Tensor:
+        held = weights.hh.detach()
+        if isinstance(module, IndRNN):
+            part = module.recurrence
+            largest = float(held.diagonal().abs().max().clamp(max=part.bound))
+            share = _share(largest, target, held.dtype)
+            return held if share is None else scaled_units(held, part, share)
+        return torch.cat([_bounded(b, weights.hr, target) for b in held.chunk(blocks)])
+
+    write_recurrent_(edit, module, fresh)
 
 
 def _bounded(block: Tensor, projection: Tensor | None, target: float) -> Tensor:
     """The block scaled down to the target radius; one that is within it stays as it is."""
     square = block if projection is None else projection.detach() @ block
-    radius = spectral_radius(square)
+    share = _share(spectral_radius(square), target, block.dtype)
+    return block if share is None else block * share
+
+
+def _share(radius: float, target: float, dtype: torch.dtype) -> float | None:
+    """What brings the radius down to the target; None where it is within it."""
     # What was scaled before comes out at the target only up to rounding, and is within it.
-    within = target * (1 + max(1e-6, torch.finfo(block.dtype).eps))
-    return block * (target / radius) if radius > within else block
+    within = target * (1 + max(1e-6, torch.finfo(dtype).eps))
+    return target / radius if radius > within else None
 
 
 RECURRENT_GAIN = Remedy(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rnnguard.inspection.gates import recurrences, weights_of
 from rnnguard.measurements import RunReadings, SiteReadings
 from rnnguard.records import Dose
-from rnnguard.remedies.remedy import Remedy, each_weights, seeded, stratified, write_keep_bias_
+from rnnguard.remedies.remedy import Remedy, seeded, stratified, write_keep_bias_
 from rnnguard.rewrite.edit import Edit
 
 
@@ -21,10 +22,11 @@ def _prescribe(wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dos
 
 def _apply(edit: Edit, module: nn.Module, dose: Dose) -> None:
     generator = seeded(dose)
-    for weights in each_weights(module):
-        edge = 1 / max(3, weights.hidden_size)
-        spread = stratified(weights.hidden_size, generator)
-        write_keep_bias_(edit, module, weights, torch.logit(edge + (1 - 2 * edge) * spread))
+    for layer, direction in recurrences(module):
+        hidden = weights_of(module, layer, direction).hidden_size
+        edge = 1 / max(3, hidden)
+        keep = torch.logit(edge + (1 - 2 * edge) * stratified(hidden, generator))
+        write_keep_bias_(edit, module, layer, direction, keep)
 
 
 UNIFORM_GATE_BIAS = Remedy(
