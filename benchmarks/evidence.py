@@ -187,17 +187,19 @@ def _cells(features: int, hidden: int) -> dict[str, Callable[[], nn.Module]]:
         "GRU": lambda: nn.GRU(features, hidden, batch_first=True),
         "tanh RNN": lambda: nn.RNN(features, hidden, batch_first=True),
         "ReLU RNN": lambda: nn.RNN(features, hidden, batch_first=True, nonlinearity="relu"),
+        "LSTM without bias": lambda: nn.LSTM(features, hidden, batch_first=True, bias=False),
+        "GRU without bias": lambda: nn.GRU(features, hidden, batch_first=True, bias=False),
     }
 
 
 def all_tasks() -> list[Task]:
     short, wide, adding = _cells(5, 32), _cells(1, 64), _cells(2, 32)
     return [
-        *(_recall(kind, short[kind], 100) for kind in ("LSTM", "GRU", "tanh RNN")),
+        *(_recall(kind, rnn, 100) for kind, rnn in short.items()),
         _recall("hand-written LSTM", lambda: OwnLSTM(5, 32), 60),
         *(_recall(kind, short[kind], 10) for kind in ("LSTM", "GRU", "tanh RNN")),
         *(_digits(kind, rnn) for kind, rnn in wide.items()),
-        _adding("LSTM", adding["LSTM"], 100),
+        *(_adding(kind, adding[kind], 100) for kind in ("LSTM", "tanh RNN")),
         _characters("characters, LSTM", None),
         _characters("characters, LSTM, memory=64", 64),
     ]

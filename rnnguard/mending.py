@@ -16,6 +16,7 @@ from rnnguard.inspection.sites import FoundSite
 from rnnguard.inspection.written import WrittenSite
 from rnnguard.measurements import SiteReadings
 from rnnguard.nn.contract import is_ours
+from rnnguard.probe.cost import seconds_of
 from rnnguard.probe.measurement import Look, measure
 from rnnguard.probe.subject import Subject
 from rnnguard.records import TIERS, Change, Plan, Tier
@@ -96,20 +97,28 @@ class Mending:
             return
         if not self._may_change(remedy, path, module):
             return
-        mark = self.edit.mark()
+        mark, structural = self.edit.mark(), remedy.tier == "structure"
+        cost = self._seconds(self.look, path) if structural else None
         remedy.apply(self.edit, module, change.dose)
         if self.edit.mark() == mark:
             return
         look = diagnosed(measure(self.subject))
         self._check(look)
         verdict = self._judged(remedy, look, path)
+        sentence = verdict.sentence
         if verdict.kept:
+            sentence += _cost(cost, self._seconds(look, path) if structural else None)
             self.look = look
         else:
             self.edit.rollback_(mark)
         outcome = "applied" if verdict.kept else "taken back"
-        result = {"outcome": outcome, "result": verdict.sentence}
+        result = {"outcome": outcome, "result": sentence}
         self.changes.append(change.model_copy(update=result))
+
+    def _seconds(self, look: Look, path: str) -> float | None:
+        """What the site's module takes for a forward and backward."""
+        found = next(site for site in look.sites if site.record.path == path)
+        return seconds_of(self.subject.model, found) if isinstance(found, FoundSite) else None
 
     def _judged(self, remedy: Remedy, look: Look, path: str) -> Verdict:
         """Whether the change did at `path` what it was made for, and no harm elsewhere."""
@@ -193,6 +202,13 @@ class Mending:
 def diagnosed(look: Look) -> Look:
     """The look with every site's level judged."""
     return replace(look, measurement=diagnose(look.measurement))
+
+
+def _cost(before: float | None, after: float | None) -> str:
+    """What a change of structure costs, as words to add."""
+    if before is None or after is None:
+        return ""
+    return f"; a forward and backward of it takes {after / before:.1f} times as long as before"
 
 
 def _weights(model: nn.Module, site: FoundSite | WrittenSite) -> set[int]:

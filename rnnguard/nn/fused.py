@@ -15,7 +15,7 @@ from rnnguard.nn.attention_readout import AttentionReadout
 from rnnguard.nn.between_layers import BetweenLayers
 from rnnguard.nn.call import taken_apart
 from rnnguard.nn.contract import refuse_script, warn_of_older_checkpoint
-from rnnguard.nn.kernel import Kernel
+from rnnguard.nn.kernel import run_layers
 from rnnguard.nn.one_call import States, as_one_call
 from rnnguard.nn.recurrent_weights import RecurrentWeights, recurrent_parameters
 from rnnguard.probe.stepping import OwnRecurrence
@@ -63,12 +63,13 @@ class _Fused(OwnRecurrence, nn.Module):
         if recurrent is not None:
             weights = _made(module, recurrent, weights)
         call = taken_apart(module, input, hx, carries_cell_state(module))
-        kernel = Kernel(module, weights, call.batch_sizes)
+        sizes = call.batch_sizes
         if between is None:
-            rows, states = kernel(call.rows, call.states, slice(0, module.num_layers))
+            whole = slice(0, module.num_layers)
+            rows, states = run_layers(module, weights, whole, sizes, call.rows, call.states)
         else:
-            run = partial(_layer_by_layer, kernel, between)
-            rows, states = as_one_call(module, call.rows, call.batch_sizes, call.states, run)
+            run = partial(_layer_by_layer, module, between, weights, sizes)
+            rows, states = as_one_call(module, call.rows, sizes, call.states, run)
         if attention is not None:
             rows = attention(rows, call.batch_sizes)
         return call.result(rows, states)
@@ -166,13 +167,18 @@ def _completed(
 
 
 def _layer_by_layer(
-    kernel: Kernel, between: BetweenLayers, rows: Tensor, states: States
+    module: nn.RNNBase,
+    between: BetweenLayers,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    rows: Tensor,
+    states: States,
 ) -> tuple[Tensor, States]:
-    module, last = kernel.module, []
+    last = []
     for layer in range(module.num_layers):
-        fed = between.fed(layer, rows, kernel.batch_sizes, module.training)
-        output, own = kernel(fed, states, slice(layer, layer + 1))
-        last.append(own)
+        fed, own = between.fed(layer, rows, batch_sizes, module.training), slice(layer, layer + 1)
+        output, reached = run_layers(module, weights, own, batch_sizes, fed, states)
+        last.append(reached)
         # torch's own dropout: after every layer but the last.
         dropout = module.dropout if module.training and layer + 1 < module.num_layers else 0.0
         rows = between.joined(layer, rows, output, dropout)

@@ -64,6 +64,10 @@ class Stack(OwnRecurrence, nn.RNNBase):
         """Outputs (T, B, n) and the last states of one layer in one direction."""
         raise NotImplementedError
 
+    def lane_weights(self, layer: int, way: Direction) -> Weights:
+        """The weights that `lane` is to be given."""
+        return self.weights_used(layer, way)
+
     def gates(self, lane: Lane) -> dict[str, Tensor]:
         """The gates (1, B, H) of the lane's one step by torch's names, of a cell that has them."""
         return {}
@@ -114,13 +118,13 @@ class Stack(OwnRecurrence, nn.RNNBase):
         place = layer * (2 if self.bidirectional else 1) + WAYS.index(way)
         own = tuple(state[place] for state in states)
         x = laid.turned(y) if way == "reverse" else y
-        weights = self.weights_used(layer, way)
+        weights = self.lane_weights(layer, way)
         output, *last = self.lane(Lane(x, own, weights, over, suffix_of(layer, way)))
         return laid.turned(output) if way == "reverse" else output, *last
 
     def stepping(self, layer: int, way: Direction) -> Stepping:
         """One step of the layer as its sequence makes it."""
-        weights, suffix = self.weights_used(layer, way), suffix_of(layer, way)
+        weights, suffix = self.lane_weights(layer, way), suffix_of(layer, way)
 
         def lane(x: Tensor, states: States = ()) -> Lane:
             return Lane(x, states, weights, None, suffix)
