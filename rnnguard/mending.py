@@ -28,7 +28,7 @@ from rnnguard.rewrite.stepguard import refusals_for_clip
 
 @dataclass
 class Mending:
-    """One course of changes: the newest look, everything tried, and what was left alone."""
+    """One course of changes: the newest look, what was tried and left alone, and what it costs."""
 
     subject: Subject
     rulebook: Rulebook
@@ -38,6 +38,7 @@ class Mending:
     look: Look
     changes: list[Change] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    costs: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Sites first, since the clip's dose rests on the gradients that they then give."""
@@ -105,20 +106,26 @@ class Mending:
         look = diagnosed(measure(self.subject))
         self._check(look)
         verdict = self._judged(remedy, look, path)
-        sentence = verdict.sentence
         if verdict.kept:
-            sentence += _cost(cost, self._seconds(look, path) if structural else None)
+            self._note_cost(change, cost, self._seconds(look, path) if structural else None)
             self.look = look
         else:
             self.edit.rollback_(mark)
         outcome = "applied" if verdict.kept else "taken back"
-        result = {"outcome": outcome, "result": sentence}
+        result = {"outcome": outcome, "result": verdict.sentence}
         self.changes.append(change.model_copy(update=result))
 
     def _seconds(self, look: Look, path: str) -> float | None:
         """What the site's module takes for a forward and backward."""
         found = next(site for site in look.sites if site.record.path == path)
         return seconds_of(self.subject.model, found) if isinstance(found, FoundSite) else None
+
+    def _note_cost(self, change: Change, before: float | None, after: float | None) -> None:
+        """Beside the change and not in it, since no two times are equal and plans must be."""
+        if before is not None and after is not None:
+            times = f"{after / before:.1f} times as long as before"
+            said = f"`{change.path}`: after {change.remedy} its forward and backward takes {times}."
+            self.costs.append(said)
 
     def _judged(self, remedy: Remedy, look: Look, path: str) -> Verdict:
         """Whether the change did at `path` what it was made for, and no harm elsewhere."""
@@ -202,13 +209,6 @@ class Mending:
 def diagnosed(look: Look) -> Look:
     """The look with every site's level judged."""
     return replace(look, measurement=diagnose(look.measurement))
-
-
-def _cost(before: float | None, after: float | None) -> str:
-    """What a change of structure costs, as words to add."""
-    if before is None or after is None:
-        return ""
-    return f"; a forward and backward of it takes {after / before:.1f} times as long as before"
 
 
 def _weights(model: nn.Module, site: FoundSite | WrittenSite) -> set[int]:

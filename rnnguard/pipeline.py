@@ -241,6 +241,7 @@ def _report(
             *asked.notes,
             *note(),
             *about_changes(planned),
+            *mending.costs,
             ORDER,
         ),
         undo=edit.undo_ if keep and mending.changes else None,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from factories import only_site
-from test_mending import IN, Chain, at, mend, noise
+from test_mending import IN, Chain, mend, noise
 from torch import Tensor, nn
 
 import rnnguard
@@ -53,6 +53,6 @@ def test_a_change_of_structure_says_what_it_costs() -> None:
     torch.manual_seed(0)
     model = Chain(nn.GRU(IN, 32, bias=False, batch_first=True))
     report = mend(model, noise(steps=60))
-    said = {change.remedy: change.result or "" for change in at(report, "parts.0")}
-    assert "times as long as before" in said["layer_norm_inside"]
-    assert "times as long" not in said["orthogonal"]
+    (said,) = [note for note in report.notes if "times as long" in note]
+    assert said.startswith("`parts.0`: after layer_norm_inside ")
+    assert "times as long" not in report.plan.to_json()
