@@ -33,7 +33,7 @@ from rnnguard.records import TIERS, Plan, Tier
 from rnnguard.replay import REMEDY, read_plan, replay, replay_refusals
 from rnnguard.report.notes import (
     ORDER,
-    about_changes,
+    about_growth,
     audit_findings,
     notes_of,
     replay_notes,
@@ -41,6 +41,7 @@ from rnnguard.report.notes import (
 from rnnguard.report.report import Report
 from rnnguard.request import Given, Request, given, looked_at, without
 from rnnguard.rewrite.edit import Edit
+from rnnguard.rewrite.growth import Growth, growth_of
 from rnnguard.rewrite.stepguard import engagement_of, guard_of
 from rnnguard.rewrite.transaction import transaction
 
@@ -179,7 +180,7 @@ def apply(
         remaining=(),
         changes=changes,
         plan=plan,
-        notes=(*replay_notes(plan, changes), *asked.notes, *about_changes(changes), ORDER),
+        notes=(*replay_notes(plan, changes), *asked.notes, *about_growth(growth_of(edit)), ORDER),
         undo=edit.undo_,
         live=partial(engagement_of, asked.optimizer),
     )
@@ -215,14 +216,16 @@ def _stabilized(
         if rank() > 0:
             mending.follow(*decided)
         edit.check_commit()
+        growth = growth_of(edit)
         if not keep:
             edit.rollback_()
-    return _report(rulebook, before, mending, edit, asked, keep)
+    return _report(rulebook, before, mending, edit, asked, keep, growth)
 
 
 def _report(
-    rulebook: Rulebook, before: Look, mending: Mending, edit: Edit, asked: Given, keep: bool
-) -> Report:
+    rulebook: Rulebook, before: Look, mending: Mending, edit: Edit, asked: Given, keep: bool,
+    growth: Growth,
+) -> Report:  # fmt: skip
     applied = [change for change in mending.changes if change.outcome == "applied"]
     ordered = sorted(applied, key=lambda change: TIERS.index(change.tier))
     planned = [change.model_copy(update={"outcome": "planned"}) for change in ordered]
@@ -240,7 +243,7 @@ def _report(
             *notes_of(before, mending.subject),
             *asked.notes,
             *note(),
-            *about_changes(planned),
+            *about_growth(growth),
             *mending.costs,
             ORDER,
         ),

@@ -65,14 +65,17 @@ class Finding(Record):
 
 
 class Change(Record):
-    """One remedy at one place: planned, applied, or taken back after measuring again."""
+    """One remedy at one place: planned, applied, or taken back after measuring again.
+
+    What is left out is as for a change that somebody asks for by hand.
+    """
 
     remedy: str
     path: str | None
     tier: Tier
-    dose: Dose
-    scenario: str
-    why: str
+    dose: Dose = {}
+    scenario: str = "by hand"
+    why: str = "Asked for by hand."
     outcome: Outcome = "planned"
     result: str = ""
 

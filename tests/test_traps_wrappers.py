@@ -148,7 +148,7 @@ def takes_all_wrappers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def says_nothing_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rnnguard.pipeline.about_changes", lambda changes: ())
+    monkeypatch.setattr("rnnguard.pipeline.about_growth", lambda growth: ())
 
 
 def decides_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:

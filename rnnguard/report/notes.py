@@ -12,6 +12,7 @@ from rnnguard.measurements import SiteReadings
 from rnnguard.probe.measurement import Look
 from rnnguard.probe.subject import Subject
 from rnnguard.records import Change, Finding, Plan
+from rnnguard.rewrite.growth import Growth
 
 ORDER = (
     "Order: stabilize, then compile or wrap, then build the scheduler, then EMA copies, "
@@ -95,20 +96,28 @@ def notes_of(look: Look, subject: Subject) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def about_changes(changes: Iterable[Change]) -> Iterator[str]:
-    """What a rewrite asks of the user: copies of the model know nothing of new parameters."""
-    added = [change for change in changes if change.tier == "structure"]
-    if added:
-        places = ", ".join(f"`{change.path or '(model)'}`" for change in added)
+def about_growth(growth: Growth) -> Iterator[str]:
+    """What a change of structure asks of the user: neither copies nor checkpoints know of it."""
+    replay = (
+        "save the plan beside them with `report.plan.to_json(path)`, and call "
+        "`rnnguard.apply(model, optimizer, path)` on a plain model before it loads one."
+    )
+    if growth.parameters:
         yield (
-            f"Parameters were added at {places}: make EMA copies (AveragedModel) again, since an "
-            "older one would pair its parameters wrongly."
+            f"Parameters were added at {_listed(growth.parameters)}: make EMA copies "
+            "(AveragedModel) again, since an older one would pair its parameters wrongly."
         )
+    if growth.keys:
+        yield f"Checkpoints from now on hold new keys at {_listed(growth.keys)}: {replay}"
+    if growth.neither:
         yield (
-            f"Checkpoints from now on hold new keys at {places}: save the plan beside them with "
-            "`report.plan.to_json(path)`, and call `rnnguard.apply(model, optimizer, path)` on a "
-            "plain model before it loads one."
+            f"{_listed(growth.neither)} computes something else without any new key, so that its "
+            f"checkpoints load into the plain model without a word: {replay}"
         )
+
+
+def _listed(paths: Iterable[str]) -> str:
+    return ", ".join(f"`{path or '(model)'}`" for path in paths)
 
 
 def _about_the_path(site: SiteReadings) -> Iterator[str]:

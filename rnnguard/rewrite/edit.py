@@ -42,7 +42,8 @@ class Edit:
         self._log = UndoLog(self._footprint)
         self._first: dict[int, tuple[Tensor, Tensor]] = {}
         """Each written tensor with the values that it had at first."""
-        self._added: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []
+        self.added: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []
+        """Each module that was morphed, with its new children, those taken back among them."""
 
     def write_(self, param: Tensor, value: Tensor) -> None:
         """Gives `param` the values of `value` in its own dtype; its stale gradient goes."""
@@ -82,7 +83,7 @@ class Edit:
                 if getattr(module, name, None) is child:
                     delattr(module, name)
 
-        self._added.append((module, tuple(children.values())))
+        self.added.append((module, tuple(children.values())))
         what = f"the class {cls.__name__}"
         self._log.append(Inverse(inverse, "structure", self.path_of(module), what))
         like = next(module.parameters(), None)
@@ -246,7 +247,7 @@ class Edit:
         if self._optimizer is None:
             return
         faults: list[Refusal] = []
-        for module, children in self._added:
+        for module, children in self.added:
             present = [child for child in children if any(child is c for c in module.children())]
             if present:
                 faults += adoption_faults(self._optimizer, module, present)
