@@ -42,6 +42,12 @@ def test_recall_is_learnt_only_with_the_one_line(evidence: ModuleType, cell: str
     assert "chrono_bias" in remedies
 
 
+def test_what_values_leave_is_learnt_with_a_new_structure(evidence: ModuleType) -> None:
+    plain, mended, remedies = scores(evidence, "recall T=100, tanh RNN")
+    assert max(plain) < 0.4 and min(mended) >= 0.95
+    assert remedies == "orthogonal+gated_rnn"
+
+
 def test_digits_gain_and_never_lose(evidence: ModuleType) -> None:
     plain, mended, remedies = scores(evidence, "digits, tanh RNN")
     gains = sorted(after - before for before, after in zip(plain, mended, strict=True))

@@ -128,10 +128,8 @@ class _Normed(Stack):
         return norm
 
     def drive(self, lane: Lane) -> Tensor:
-        norms, driven = (
-            self.norm_of(lane.suffix).gate_norms(),
-            linear(lane.x, lane.weights.ih, lane.weights.bias_ih),
-        )
+        norms = self.norm_of(lane.suffix).gate_norms()
+        driven = linear(lane.x, lane.weights.ih, lane.weights.bias_ih)
         return driven if norms is None else normed(driven, norms.gain_ih, norms.shift, norms.eps)
 
 
