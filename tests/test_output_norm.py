@@ -243,3 +243,15 @@ def test_can_be_built_like_torchs_own(kind: str) -> None:
     assert {p.dtype for p in built.parameters()} == {torch.float64}
     x = torch.randn(STEPS, BATCH, IN, dtype=torch.float64)
     assert built(x)[0].shape == (STEPS, BATCH, 2 * HIDDEN)
+
+
+@pytest.mark.parametrize("kind", list(OUTPUT_NORMS.values()))
+def test_a_reset_leaves_a_plain_norm(kind: type[nn.RNNBase]) -> None:
+    module = kind(3, 4)
+    before = module.weight_hh_l0.detach().clone()
+    with torch.no_grad():
+        module.output_norm.weight.fill_(7.0)
+        module.output_norm.bias.fill_(7.0)
+    module.reset_parameters()
+    assert not torch.equal(module.weight_hh_l0, before)
+    assert module.output_norm.weight.eq(1).all() and module.output_norm.bias.eq(0).all()

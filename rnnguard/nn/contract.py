@@ -16,6 +16,13 @@ def is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith(f"{__package__}.")
 
 
+def redraw_own(module: nn.RNNBase) -> None:
+    """Torch's own draw for torch's own parameters; those of children stay."""
+    reach = module.hidden_size**-0.5
+    for weight in module.parameters(recurse=False):
+        nn.init.uniform_(weight, -reach, reach)
+
+
 def refuse_script(module: nn.Module) -> NoReturn:
     """What torch.jit.script is told; its own error would name an annotation."""
     fact = f"torch.jit.script cannot compile this {type(module).__name__}."

@@ -14,7 +14,7 @@ from rnnguard.inspection.gates import Weights, carries_cell_state, recurrences
 from rnnguard.nn.attention_readout import AttentionReadout
 from rnnguard.nn.between_layers import BetweenLayers
 from rnnguard.nn.call import taken_apart
-from rnnguard.nn.contract import refuse_script, warn_of_older_checkpoint
+from rnnguard.nn.contract import redraw_own, refuse_script, warn_of_older_checkpoint
 from rnnguard.nn.kernel import run_layers
 from rnnguard.nn.one_call import States, as_one_call
 from rnnguard.nn.recurrent_weights import RecurrentWeights, recurrent_parameters
@@ -89,9 +89,7 @@ class _Fused(OwnRecurrence, nn.Module):
 
     def reset_parameters(self) -> None:
         """torch's own draw for torch's own parameters, and each child's for its own."""
-        reach = cast(nn.RNNBase, self).hidden_size ** -0.5
-        for weight in self.parameters(recurse=False):
-            nn.init.uniform_(weight, -reach, reach)
+        redraw_own(cast(nn.RNNBase, self))
         for child in self.children():
             if isinstance(child, RecurrentWeights):
                 child.follow(recurrent_parameters(cast(nn.RNNBase, self)))

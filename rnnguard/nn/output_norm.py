@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnguard.nn.contract import refuse_script, warn_of_older_checkpoint
+from rnnguard.nn.contract import redraw_own, refuse_script, warn_of_older_checkpoint
 
 # Safe for silent input: at zero variance the norm multiplies gradients by 1/sqrt(eps).
 EPSILON = 1e-3
@@ -47,6 +47,12 @@ class _OutputNorm(nn.Module):
         normed = self.output_norm(padded).masked_fill(ended.unsqueeze(2), 0.0)
         again = pack_padded_sequence(normed, lengths)
         return packed._replace(data=again.data, batch_sizes=again.batch_sizes)
+
+    def reset_parameters(self) -> None:
+        """torch's own draw for torch's own parameters, and the norm as a plain norm."""
+        redraw_own(cast(nn.RNNBase, self))
+        if "output_norm" in self._modules:  # not while still being built
+            self.output_norm.reset_parameters()
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks first."""

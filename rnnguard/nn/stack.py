@@ -14,7 +14,7 @@ from torch.nn.functional import dropout
 
 from rnnguard.inspection.gates import Weights, carries_cell_state, recurrences
 from rnnguard.nn.call import taken_apart
-from rnnguard.nn.contract import refuse_script, warn_of_older_checkpoint
+from rnnguard.nn.contract import redraw_own, refuse_script, warn_of_older_checkpoint
 from rnnguard.nn.layout import Laid, laid_out
 from rnnguard.nn.one_call import States, as_one_call
 from rnnguard.nn.sequences.parts import GRUWeights, LSTMWeights
@@ -144,9 +144,7 @@ class Stack(OwnRecurrence, nn.RNNBase):
 
     def reset_parameters(self) -> None:
         """Torch's own draw for torch's own parameters, and each child's for its own."""
-        reach = self.hidden_size**-0.5
-        for weight in self.parameters(recurse=False):
-            nn.init.uniform_(weight, -reach, reach)
+        redraw_own(self)
         for child in self.children():
             again = getattr(child, "reset_parameters", None)
             if again is not None:
