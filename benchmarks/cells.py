@@ -3,9 +3,11 @@
     python -m benchmarks.cells [--quick] [--only LayerNorm] [--threads 1 2] [--output FILE.csv]
 
 Forward and backward of one layer (two where something stands between layers), input as wide as
-the state. Cell, torch's module and the plain Python loop take turns, so that all meet the same
-load; a figure is the median of the ratios of one turn. Peak memory is the growth of the resident
-set of a new process over one pass. Every row is printed, the losing ones too.
+the state. Torch's module, the cell and the loops take turns, so that all meet the same load; a
+figure is the median of the ratios of one turn. "rung 0" is the cell's own plain loop, whose input
+is projected for all steps at once; "naive loop" is what people write (see `naive_loops`). The row
+"LSTM" is torch's module against itself: how far off a figure may be. Peak memory is the growth of
+the resident set of a new process over one pass. Every row is printed, the losing ones too.
 """
 
 from __future__ import annotations
@@ -17,26 +19,29 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import rnnguard
+from benchmarks.naive_loops import LOOPS, naive
 from rnnguard.nn import attention_readout, between_layers, fused, recurrent_weights
 from rnnguard.nn.sequences import rungs
 
 OUTPUT = Path(__file__).parent / "results" / "cells.csv"
 SIZES = ((64, 32, 128), (128, 32, 100), (128, 16, 400), (256, 32, 200), (512, 64, 100))
 MEMORY_LIMIT = 1.5
+TIME = "time of forward and backward"
 _SAME = ("torch", "machine")
 
 Row = dict[str, str]
+Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Case:
     limit: Callable[[int], float]
     layers: int = 1
     loop: bool = False
-    """Whether the plain Python loop of the same cell is measured too."""
+    """Whether the cell's rung 0 is measured too."""
 
 
 def _class_a(hidden: int) -> float:
@@ -60,7 +65,7 @@ def _free(hidden: int) -> float:
 
 
 def _fused(kind: type[nn.RNNBase], **parts: Any) -> Callable[..., nn.RNNBase]:
-    return partial(fused.FUSED[kind], **parts)
+    return cast(Callable[..., nn.RNNBase], partial(fused.FUSED[kind], **parts))
 
 
 def cases() -> dict[str, Case]:
@@ -70,6 +75,7 @@ def cases() -> dict[str, Case]:
     own = rnnguard.nn
     lstm = partial(_fused, nn.LSTM)
     return {
+        "LSTM": Case(nn.LSTM, nn.LSTM, _free),
         "OutputNormLSTM": Case(own.OutputNormLSTM, nn.LSTM, _class_a),
         "LSTM, LayerNorm between layers": Case(
             lstm(between=between(norm=True)), nn.LSTM, _class_a, layers=2
@@ -112,58 +118,79 @@ def passes(module: nn.RNNBase, x: Tensor) -> None:
     y.sum().backward()
 
 
-def in_a_loop(module: nn.RNNBase, x: Tensor) -> None:
-    """The same through the plain differentiable loop."""
+def on_rung_0(module: nn.RNNBase, x: Tensor) -> None:
+    """The same through the cell's own differentiable loop."""
     with mock.patch.object(rungs, "_followed_by_others", lambda: True):
         passes(module, x)
 
 
-def turns(works: list[Callable[[], None]], seconds: float, least: int) -> list[list[float]]:
-    """Times of the works, one turn after the other, after an unmeasured one."""
-    taken: list[list[float]] = []
-    for work in works:
+def naively(module: nn.RNNBase, x: Tensor) -> None:
+    """The same through the loop that people write."""
+    module.zero_grad()
+    torch.autograd.backward(naive(module, x).sum())
+
+
+def turns(
+    works: Mapping[str, Callable[[], None]], seconds: float, least: int
+) -> list[dict[str, float]]:
+    """Times of the works, one turn after the other, after an unmeasured one.
+
+    The naive loop, by far the slowest, takes every second turn only.
+    """
+    taken: list[dict[str, float]] = []
+    for work in works.values():
         work()
     started = time.perf_counter()
     while len(taken) < least or time.perf_counter() - started < seconds:
-        turn = []
-        for work in works:
+        turn = {}
+        for name, work in works.items():
+            if name == "naive loop" and len(taken) % 2:
+                continue
             before = time.perf_counter()
             work()
-            turn.append(time.perf_counter() - before)
+            turn[name] = time.perf_counter() - before
         taken.append(turn)
     return taken
 
 
-def time_rows(name: str, case: Case, size: tuple[int, int, int], quick: bool) -> Iterator[Row]:
+def time_rows(name: str, case: Case, size: Size, quick: bool) -> Iterator[Row]:
     hidden, batch, steps = size
     torch.manual_seed(0)
     x = torch.randn(steps, batch, hidden, requires_grad=True)
-    modules = [kind(hidden, hidden, num_layers=case.layers) for kind in (case.against, case.build)]
-    works = [partial(passes, module, x) for module in modules]
+    kinds: tuple[Callable[..., nn.RNNBase], ...] = (case.against, case.build)
+    theirs, own = (kind(hidden, hidden, num_layers=case.layers) for kind in kinds)
+    works = {"torch": partial(passes, theirs, x), "own": partial(passes, own, x)}
     if case.loop:
-        works.append(partial(in_a_loop, modules[1], x))
+        works["rung 0"] = partial(on_rung_0, own, x)
+    if type(own) in LOOPS:
+        works["naive loop"] = partial(naively, own, x)
     found = turns(works, 0.0 if quick else 2.0, 1 if quick else 3)
-    ratio = statistics.median(turn[1] / turn[0] for turn in found)
-    limit = case.limit(hidden)
-    yield _row(name, case, size, "time of forward and backward", ratio, limit)
-    if case.loop:
-        loop = statistics.median(turn[2] / turn[0] for turn in found)
-        yield _row(f"{name}, plain loop", case, size, "time of forward and backward", loop)
+    for work in [*works][1:]:
+        ratio = statistics.median(turn[work] / turn["torch"] for turn in found if work in turn)
+        if work == "own":
+            yield _row(name, case, size, TIME, ratio, case.limit(hidden))
+        else:
+            yield _row(f"{name}, {work}", case, size, TIME, ratio)
 
 
-def peak(name: str, size: tuple[int, int, int]) -> float:
-    """Growth of the resident set in bytes over one pass, in this process."""
-    kind, _, own = name.partition(":")
+def peak(name: str, size: Size) -> float:
+    """Growth of the resident set in bytes over one pass, in this process.
+
+    name: that of a case, a colon, and what is run: torch, own or naive.
+    """
+    kind, _, run = name.partition(":")
     case = cases()[kind]
     hidden, batch, steps = size
     torch.set_num_threads(1)
-    module = (case.build if own else case.against)(hidden, hidden, num_layers=case.layers)
-    passes(module, torch.randn(2, batch, hidden))
+    build: Callable[..., nn.RNNBase] = case.against if run == "torch" else case.build
+    module = build(hidden, hidden, num_layers=case.layers)
+    work = naively if run == "naive" else passes
+    work(module, torch.randn(2, batch, hidden))
     x = torch.randn(steps, batch, hidden)
     # Without this the peak of the imports would hide that of the pass.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _resident("VmRSS")
-    passes(module, x)
+    work(module, x)
     return _resident("VmHWM") - before
 
 
@@ -174,12 +201,19 @@ def _resident(line: str) -> float:
     return 1024.0 * float(found.split()[1])
 
 
-def memory_rows(name: str, case: Case, size: tuple[int, int, int]) -> Iterator[Row]:
-    own, theirs = (_peak_elsewhere(f"{name}{end}", size) for end in (":own", ""))
+def memory_rows(name: str, case: Case, size: Size) -> Iterator[Row]:
+    same = (case.against, case.layers)
+    first = next(kind for kind, other in cases().items() if (other.against, other.layers) == same)
+    theirs = _peak_elsewhere(f"{first}:torch", size)
+    own = _peak_elsewhere(f"{name}:own", size)
     yield _row(name, case, size, "peak memory", own / theirs, MEMORY_LIMIT)
+    if type(case.build(1, 1, num_layers=case.layers)) in LOOPS:
+        loop = _peak_elsewhere(f"{name}:naive", size)
+        yield _row(f"{name}, naive loop", case, size, "peak memory", loop / theirs)
 
 
-def _peak_elsewhere(name: str, size: tuple[int, int, int]) -> float:
+@cache
+def _peak_elsewhere(name: str, size: Size) -> float:
     command = [sys.executable, "-m", "benchmarks.cells", "--peak", name, *map(str, size)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
@@ -188,7 +222,7 @@ def _peak_elsewhere(name: str, size: tuple[int, int, int]) -> float:
 def _row(
     name: str,
     case: Case,
-    size: tuple[int, int, int],
+    size: Size,
     figure: str,
     ratio: float,
     limit: float = float("inf"),
