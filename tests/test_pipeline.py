@@ -135,9 +135,8 @@ def test_remedy_that_makes_the_loss_non_finite_is_taken_back() -> None:
     data = (torch.randn(4, 60, 5), torch.zeros(4))
     report = rnnguard.stabilize(model, optimizer, data, loss=loss, memory=60)
     tried = [change for change in report.changes if change.path == "rnn"]
-    assert {change.outcome for change in tried} == {"taken back"}
-    assert {change.tier for change in tried} == {"values", "structure"}
-    assert torch.equal(model.rnn.bias_ih_l0, first) and type(model.rnn) is nn.GRU
+    assert [change.outcome for change in tried] == ["taken back"]
+    assert torch.equal(model.rnn.bias_ih_l0, first)
 
 
 def test_plan_changes_nothing_and_replays() -> None:
