@@ -1,37 +1,35 @@
 """What every cell costs against torch's fused module of the same size, in the same run.
 
     python -m benchmarks.cells [--quick] [--only LayerNorm] [--threads 1 2] [--output FILE.csv]
+    python -m benchmarks.cells --device cuda [--precision fp32 tf32 bf16 fp16]
 
 Forward and backward of one layer (two where something stands between layers), input as wide as
 the state. Torch's module, the cell and the loops take turns, so that all meet the same load; a
 figure is the median of the ratios of one turn. "rung 0" is the cell's own plain loop, whose input
 is projected for all steps at once; "naive loop" is what people write (see `naive_loops`). The row
 "LSTM" is torch's module against itself: how far off a figure may be. Peak memory is the growth of
-the resident set of a new process over one pass. Every row is printed, the losing ones too.
+the resident set of a new process over one pass, on a GPU that of its allocator. bf16 and fp16 are
+autocast. Every row is printed, the losing ones too.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-import rnnguard
+from benchmarks.cell_cases import HERE, PRECISIONS, Case, Place, cases
 from benchmarks.naive_loops import LOOPS, naive
-from rnnguard.nn import attention_readout, between_layers, fused, recurrent_weights
 from rnnguard.nn.sequences import rungs
 
 OUTPUT = Path(__file__).parent / "results" / "cells.csv"
@@ -42,73 +40,6 @@ _SAME = ("torch", "machine")
 
 Row = dict[str, str]
 Size = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A cell, torch's module that it is measured against, and the most that it may cost."""
-
-    build: Callable[..., nn.RNNBase]
-    against: type[nn.RNNBase]
-    limit: Callable[[int], float]
-    layers: int = 1
-    loop: bool = False
-    """Whether the cell's rung 0 is measured too."""
-
-
-def _class_a(hidden: int) -> float:
-    return 1.10
-
-
-def _free(hidden: int) -> float:
-    return float("inf")
-
-
-def _fused(kind: type[nn.RNNBase], **parts: Any) -> Callable[..., nn.RNNBase]:
-    return cast(Callable[..., nn.RNNBase], partial(fused.FUSED[kind], **parts))
-
-
-def cases() -> dict[str, Case]:
-    """Every cell by its name."""
-    between = partial(partial, between_layers.BetweenLayers)
-    weights = recurrent_weights
-    own = rnnguard.nn
-    lstm = partial(_fused, nn.LSTM)
-    return {
-        "LSTM": Case(nn.LSTM, nn.LSTM, _free),
-        "OutputNormLSTM": Case(own.OutputNormLSTM, nn.LSTM, _class_a),
-        "LSTM, LayerNorm between layers": Case(
-            lstm(between=between(norm=True)), nn.LSTM, _class_a, layers=2
-        ),
-        "LSTM, residual between layers": Case(
-            lstm(between=between(shortcut="residual")), nn.LSTM, _class_a, layers=2
-        ),
-        "LSTM, highway between layers": Case(
-            lstm(between=between(shortcut="highway")), nn.LSTM, _class_a, layers=2
-        ),
-        "LSTM, variational dropout": Case(
-            lstm(between=between(dropout=0.3)), nn.LSTM, _class_a, layers=2
-        ),
-        "LSTM, DropConnect": Case(lstm(recurrent=weights.DropConnect), nn.LSTM, _class_a),
-        "LSTM, weight norm": Case(lstm(recurrent=weights.WeightNorm), nn.LSTM, _class_a),
-        "LSTM, orthogonal": Case(lstm(recurrent=weights.Orthogonal), nn.LSTM, _class_a),
-        "LSTM, spectral bound": Case(lstm(recurrent=weights.SpectralBound), nn.LSTM, _class_a),
-        "LSTM, attention read-out": Case(
-            lstm(attention=attention_readout.AttentionReadout), nn.LSTM, _class_a
-        ),
-        "IndRNN": Case(own.IndRNN, nn.LSTM, lambda hidden: 0.7, loop=True),
-        "LayerNormLSTM": Case(
-            own.LayerNormLSTM, nn.LSTM, lambda hidden: 1.5 if hidden >= 256 else 3.0, loop=True
-        ),
-        "ZoneoutLSTM": Case(own.ZoneoutLSTM, nn.LSTM, _free, loop=True),
-        "LayerNormGRU": Case(own.LayerNormGRU, nn.GRU, lambda hidden: 1.2, loop=True),
-        "ZoneoutGRU": Case(own.ZoneoutGRU, nn.GRU, lambda hidden: 1.2, loop=True),
-        "GateLastGRU": Case(own.GateLastGRU, nn.GRU, _free),
-        "LayerNormRNN": Case(own.LayerNormRNN, nn.RNN, _free),
-        "ResidualRNN": Case(own.ResidualRNN, nn.RNN, _free),
-        "BoundedRNN": Case(own.BoundedRNN, nn.RNN, _free),
-        "GatedRNN": Case(own.GatedRNN, nn.RNN, _free),
-    }
 
 
 def passes(module: nn.RNNBase, x: Tensor) -> None:
@@ -131,7 +62,7 @@ def naively(module: nn.RNNBase, x: Tensor) -> None:
 
 
 def turns(
-    works: Mapping[str, Callable[[], None]], seconds: float, least: int
+    works: Mapping[str, Callable[[], None]], seconds: float, least: int, place: Place = HERE
 ) -> list[dict[str, float]]:
     """Times of the works, one turn after the other, after an unmeasured one.
 
@@ -140,6 +71,7 @@ def turns(
     taken: list[dict[str, float]] = []
     for work in works.values():
         work()
+    place.wait()
     started = time.perf_counter()
     while len(taken) < least or time.perf_counter() - started < seconds:
         turn = {}
@@ -148,29 +80,32 @@ def turns(
                 continue
             before = time.perf_counter()
             work()
+            place.wait()
             turn[name] = time.perf_counter() - before
         taken.append(turn)
     return taken
 
 
-def time_rows(name: str, case: Case, size: Size, quick: bool) -> Iterator[Row]:
+def time_rows(name: str, case: Case, size: Size, quick: bool, place: Place = HERE) -> Iterator[Row]:
     hidden, batch, steps = size
     torch.manual_seed(0)
-    x = torch.randn(steps, batch, hidden, requires_grad=True)
+    x = torch.randn(steps, batch, hidden, device=place.device, requires_grad=True)
     kinds: tuple[Callable[..., nn.RNNBase], ...] = (case.against, case.build)
-    theirs, own = (kind(hidden, hidden, num_layers=case.layers) for kind in kinds)
+    made = {"num_layers": case.layers, "device": place.device}
+    theirs, own = (kind(hidden, hidden, **made) for kind in kinds)
     works = {"torch": partial(passes, theirs, x), "own": partial(passes, own, x)}
     if case.loop:
         works["rung 0"] = partial(on_rung_0, own, x)
     if type(own) in LOOPS:
         works["naive loop"] = partial(naively, own, x)
-    found = turns(works, 0.0 if quick else 2.0, 1 if quick else 3)
+    with place.entered():
+        found = turns(works, 0.0 if quick else 2.0, 1 if quick else 3, place)
     for work in [*works][1:]:
         ratio = statistics.median(turn[work] / turn["torch"] for turn in found if work in turn)
         if work == "own":
-            yield _row(name, case, size, TIME, ratio, case.limit(hidden))
+            yield _row(name, case, size, TIME, ratio, case.limit(hidden), place)
         else:
-            yield _row(f"{name}, {work}", case, size, TIME, ratio)
+            yield _row(f"{name}, {work}", case, size, TIME, ratio, place=place)
 
 
 def peak(name: str, size: Size) -> float:
@@ -201,6 +136,25 @@ def _resident(line: str) -> float:
     return 1024.0 * float(found.split()[1])
 
 
+def peak_on_gpu(case: Case, own: bool, size: Size, place: Place) -> float:
+    """The most that the GPU's allocator held over one pass, in bytes."""
+    hidden, batch, steps = size
+    build: Callable[..., nn.RNNBase] = case.build if own else case.against
+    module = build(hidden, hidden, num_layers=case.layers, device=place.device)
+    x = torch.randn(steps, batch, hidden, device=place.device)
+    with place.entered():
+        passes(module, x)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        passes(module, x)
+    return float(torch.cuda.max_memory_allocated() - before)
+
+
+def memory_rows_on_gpu(name: str, case: Case, size: Size, place: Place) -> Iterator[Row]:
+    own, theirs = (peak_on_gpu(case, mine, size, place) for mine in (True, False))
+    yield _row(name, case, size, "peak memory", own / theirs, MEMORY_LIMIT, place)
+
+
 def memory_rows(name: str, case: Case, size: Size) -> Iterator[Row]:
     same = (case.against, case.layers)
     first = next(kind for kind, other in cases().items() if (other.against, other.layers) == same)
@@ -226,6 +180,7 @@ def _row(
     figure: str,
     ratio: float,
     limit: float = float("inf"),
+    place: Place = HERE,
 ) -> Row:
     hidden, batch, steps = size
     bounded = limit < float("inf")
@@ -238,11 +193,12 @@ def _row(
         "B": str(batch),
         "T": str(steps),
         "threads": str(torch.get_num_threads()),
+        "precision": place.precision,
         "ratio": f"{ratio:.3g}",
         "target": f"<= {limit:g}" if bounded else "",
         "met": str(ratio <= limit) if bounded else "",
         "torch": torch.__version__.partition("+")[0],
-        "machine": f"{platform.machine()} CPU",
+        "machine": place.machine,
     }
 
 
@@ -264,12 +220,25 @@ def rows(quick: bool, only: str = "", threads_wanted: Sequence[int] = (1, 2)) ->
                 yield from memory_rows(name, case, size)
 
 
+def rows_on_gpu(precisions: Sequence[str], only: str = "", quick: bool = False) -> Iterator[Row]:
+    for precision in precisions:
+        place = Place("cuda", precision)
+        for name, case in cases().items():
+            if only not in name:
+                continue
+            for size in ((8, 2, 5),) if quick else SIZES:
+                yield from time_rows(name, case, size, quick, place)
+                yield from memory_rows_on_gpu(name, case, size, place)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--only", default="", help="cells whose name holds this")
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
@@ -278,7 +247,10 @@ def main() -> None:
         return
     with options.output.open("w", newline="", encoding="utf-8") as file:
         writer = None
-        for row in rows(options.quick, options.only, options.threads):
+        found = rows(options.quick, options.only, options.threads)
+        if options.device == "cuda":
+            found = rows_on_gpu(options.precision, options.only, options.quick)
+        for row in found:
             writer = writer or csv.DictWriter(file, list(row))
             if file.tell() == 0:
                 writer.writeheader()

@@ -79,3 +79,24 @@ def test_naive_zoneout_draws_in_training(cells: Any, name: str) -> None:
     kept = float((loops.naive(module, x) == 0).double().mean())
     assert 0.95 < kept < 1.0
     assert not bool((loops.naive(module.eval(), x) == 0).any())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_every_precision_is_timed_as_asked(cells: Any, precision: str) -> None:
+    """On a GPU they differ; that they run shows here."""
+    place, before = cells.Place("cpu", precision), torch.get_float32_matmul_precision()
+    with place.entered():
+        asked = torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()
+    assert asked == (precision in ("bf16", "fp16"), "high" if precision == "tf32" else "highest")
+    assert torch.get_float32_matmul_precision() == before
+    if precision == "fp16":
+        return  # torch's LSTM has none on a CPU
+    (row, *_) = cells.time_rows("LayerNormLSTM", cells.cases()["LayerNormLSTM"], SIZE, True, place)
+    assert row["precision"] == precision and float(row["ratio"]) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_cell_is_measured_on_a_gpu(cells: Any) -> None:
+    rows = list(cells.rows_on_gpu(["fp32"], quick=True))
+    assert {row["figure"] for row in rows} == {cells.TIME, "peak memory"}
+    assert set(cells.cases()) <= {row["cell"] for row in rows}
