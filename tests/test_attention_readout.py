@@ -10,8 +10,10 @@ import pytest
 import torch
 from fused_cases import BATCH, HIDDEN, IN, KINDS, LENGTHS, STEPS, assert_same, fused, plain_of
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from rnnguard.nn import attention_readout
 from rnnguard.nn.attention_readout import AttentionReadout
 from rnnguard.nn.fused import FUSED, FusedLSTM
 
@@ -124,19 +126,95 @@ def test_projected_outputs_are_attended_over() -> None:
     assert module.attention.write[0].weight.shape[0] == 3
 
 
-def test_its_parameters_lie_in_the_child() -> None:
-    module = FusedLSTM(IN, 40, bidirectional=True, attention=AttentionReadout)
+@pytest.mark.parametrize(("size", "width"), [(4, 4), (40, 8), (255, 8), (256, 16)])
+def test_its_parameters_lie_in_the_child(size: int, width: int) -> None:
+    module = FusedLSTM(IN, size, bidirectional=True, attention=AttentionReadout)
     added = {key: value.shape for key, value in module.state_dict().items() if "attention" in key}
     assert added == {
         f"attention.{part}.{way}.weight": shape
         for way in (0, 1)
-        for part, shape in (("read", (48, 40)), ("write", (40, 16)))
+        for part, shape in (("read", (3 * width, size)), ("write", (size, width)))
     }
 
 
+def readout(heads: int) -> AttentionReadout:
+    """Of outputs of 6 features, drawn so that it matters."""
+    made = AttentionReadout(nn.LSTM(IN, 6, dtype=torch.float64), width=4, heads=heads)
+    for part in made.parameters():
+        nn.init.normal_(part)
+    return made
+
+
+def run(owner: AttentionReadout, rows: Tensor, read: Tensor, write: Tensor) -> Tensor:
+    weights = {"read.0.weight": read, "write.0.weight": write}
+    found: Tensor = functional_call(owner, weights, (rows, None))
+    return found
+
+
+def inputs_of(owner: AttentionReadout, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.randn(STEPS, batch, 6, dtype=torch.float64, requires_grad=True)
+    read, write = owner.parameters()
+    return rows, read, write
+
+
+def sequence_by_sequence(owner: AttentionReadout, rows: Tensor) -> Tensor:
+    return torch.stack([by_hand(owner, 0, each) for each in rows.unbind(1)], 1)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(("block", "kept"), [(64, 4), (4, 4), (4, 0), (3, 0)])
+def test_however_it_is_cut_the_derivatives_are_right(
+    heads: int, block: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that end with the sequence or not, weights kept or made anew."""
+    monkeypatch.setattr(attention_readout, "_BLOCK", block)
+    monkeypatch.setattr(attention_readout, "_KEPT", kept)
+    owner = readout(heads)
+    inputs = inputs_of(owner)
+    torch.testing.assert_close(run(owner, *inputs), sequence_by_sequence(owner, inputs[0]))
+    assert torch.autograd.gradcheck(partial(run, owner), inputs)
+    assert torch.autograd.gradgradcheck(partial(run, owner), inputs, fast_mode=True)
+
+
+def test_scores_beyond_the_exponential() -> None:
+    owner = readout(1)
+    with torch.no_grad():
+        owner.get_parameter("read.0.weight").mul_(1000)
+    inputs = inputs_of(owner)
+    found = run(owner, *inputs)
+    torch.testing.assert_close(found, sequence_by_sequence(owner, inputs[0]))
+    gradients = torch.autograd.grad(found.sum(), inputs)
+    expected = torch.autograd.grad(sequence_by_sequence(owner, inputs[0]).sum(), inputs)
+    torch.testing.assert_close(gradients, expected)
+
+
+# torch's own forward mode scripts a part of itself, and warns of that.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_under_vmap_and_forward_mode() -> None:
+    owner = readout(2)
+    rows, read, write = (tensor.detach() for tensor in inputs_of(owner))
+    several = torch.stack([rows, -rows])
+    mapped = torch.vmap(partial(run, owner), in_dims=(0, None, None))(several, read, write)
+    for mine, each in zip(mapped, several, strict=True):
+        torch.testing.assert_close(mine, sequence_by_sequence(owner, each))
+    along = torch.randn_like(rows)
+    slope = torch.func.jvp(lambda rows: run(owner, rows, read, write), (rows,), (along,))[1]
+    ahead, behind = (sequence_by_sequence(owner, rows + h * along) for h in (1e-6, -1e-6))
+    torch.testing.assert_close(slope, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-6)
+
+
+def test_of_no_sequence_nothing_is_read() -> None:
+    owner = readout(1)
+    inputs = inputs_of(owner, batch=0)
+    found = run(owner, *inputs)
+    assert found.shape == (STEPS, 0, 6)
+    assert not any(bool(part.any()) for part in torch.autograd.grad(found.sum(), inputs))
+
+
 def test_no_second_derivative_is_silently_wrong() -> None:
-    module = fused("gru", {"attention": AttentionReadout}, dtype=torch.float64)
-    x = torch.randn(STEPS, BATCH, IN, dtype=torch.float64, requires_grad=True)
+    """In half precision, where torch's fused kernel runs."""
+    module = fused("gru", {"attention": AttentionReadout}, dtype=torch.bfloat16)
+    x = torch.randn(STEPS, BATCH, IN, dtype=torch.bfloat16, requires_grad=True)
     (gradient,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):
         gradient.square().sum().backward()

@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from rnnguard.nn import highway
 from rnnguard.nn.highway import HighwayGate
 
 SHAPES = [(3, 2, 4), (5, 4), (1, 1, 1)]
+
+
+@pytest.fixture(params=[highway._PIECE, 16, 1], ids=["whole", "pieces", "rows"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows at once with the gate kept, or piece by piece with the gate computed anew."""
+    monkeypatch.setattr(highway, "_PIECE", request.param)
 
 
 def given(shape: tuple[int, ...]) -> list[Tensor]:
@@ -27,6 +34,7 @@ def by_hand(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return gate * y + (1 - gate) * x
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradients_are_those_of_the_formula(shape: tuple[int, ...]) -> None:
     inputs = given(shape)
@@ -41,6 +49,7 @@ def test_value_and_gradients_are_those_of_the_formula(shape: tuple[int, ...]) ->
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_second_derivatives(shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(run, given(shape))
@@ -57,3 +66,12 @@ def test_under_vmap_and_forward_mode() -> None:
     mine = torch.func.jvp(run, (x, y, weight, bias), ones)
     theirs = torch.func.jvp(by_hand, (x, y, weight, bias), ones)
     torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.usefixtures("pieces")
+def test_a_graph_can_be_gone_back_through_twice() -> None:
+    inputs = given((3, 2, 4))
+    output = run(*inputs).sum()
+    first = torch.autograd.grad(output, inputs, retain_graph=True)
+    for again, before in zip(torch.autograd.grad(output, inputs), first, strict=True):
+        assert torch.equal(again, before)

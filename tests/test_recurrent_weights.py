@@ -20,6 +20,7 @@ from rnnguard.nn.recurrent_weights import (
     WeightNorm,
     recurrent_parameters,
 )
+from rnnguard.nn.spectral_norm import within_spectral_norm
 
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 # torch says so once per process about its own projections.
@@ -171,6 +172,36 @@ def test_orthogonal_stays_so_in_training_and_learns() -> None:
         assert not torch.allclose(before, block, atol=1e-3)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (4, 2)])
+def test_orthogonal_has_the_gradient_of_gram_and_schmidt(rows: int, columns: int) -> None:
+    """Of several weights at once, each by itself."""
+    orthogonal = Orthogonal(nn.GRU(IN, rows))
+    weights = [torch.randn(3 * rows, columns, dtype=torch.float64) for _ in range(2)]
+    for weight in weights:
+        weight.requires_grad_()
+    expected = [torch.cat([gram_schmidt(block) for block in w.chunk(3)]) for w in weights]
+    got = orthogonal(weights, True)
+    torch.testing.assert_close(got, expected)
+    along = [torch.randn_like(weight) for weight in weights]
+    mine = torch.autograd.grad(got, weights, along)
+    torch.testing.assert_close(mine, torch.autograd.grad(expected, weights, along))
+
+
+def gram_schmidt(block: Tensor) -> Tensor:
+    made: list[Tensor] = []
+    for column in block.unbind(1):
+        rest = column - sum((column @ each) * each for each in made)
+        made.append(rest / rest.norm())
+    return torch.stack(made, 1)
+
+
+def test_orthogonal_holds_in_half_precision_too() -> None:
+    module = fused("gru", {"recurrent": Orthogonal}, IN, 16, dtype=torch.bfloat16)
+    for block in blocks("gru", made(module)):
+        assert block.dtype == torch.bfloat16
+        assert torch.allclose(block.float().T @ block.float(), torch.eye(16), atol=0.05)
+
+
 def test_projected_blocks_have_orthonormal_columns() -> None:
     module = fused("lstm", {"recurrent": Orthogonal}, proj_size=3, dtype=torch.float64)
     for block in blocks("lstm", made(module)):
@@ -213,6 +244,26 @@ def test_the_bound_holds_right_after_large_steps(size: int) -> None:
             module.weight_hh_l0.copy_(torch.randn(3 * size, size))
         for block in blocks("gru", made(module)):
             assert float(torch.linalg.matrix_norm(block, 2)) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_an_iteration_from_where_it_ended_stays_there() -> None:
+    """One round finds that nothing moves, from vectors of the leading values."""
+    matrices = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    start = torch.linalg.svd(matrices)[2].mT[..., :4]
+    scaled, ended = within_spectral_norm(matrices, 0.5, start)
+    assert ended is not None
+    torch.testing.assert_close(ended @ ended.mT, start @ start.mT)
+    norms = torch.linalg.matrix_norm(matrices, 2)[..., None, None]
+    torch.testing.assert_close(scaled, 0.5 * matrices / norms)
+
+
+def test_matrices_of_zeros_stay_and_have_their_gradient() -> None:
+    matrices = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    vectors = torch.eye(4)[:, :2].expand(1, 2, 4, 2).contiguous()
+    scaled, _ = within_spectral_norm(matrices, 1.0, vectors)
+    into = torch.randn_like(matrices)
+    assert not bool(scaled.any())
+    assert torch.equal(torch.autograd.grad(scaled, matrices, into)[0], into)
 
 
 def test_the_iteration_goes_on_in_training_and_rests_in_evaluation() -> None:

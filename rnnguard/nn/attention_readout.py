@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
-_WIDTH = 16  # one head of 16 is the fastest of 8, 16, 32 and 64 in torch's kernel for CPUs
+from rnnguard.inspection.native import looked_at
+from rnnguard.nn.sequences.precision import half_precision
+from rnnguard.nn.sequences.rungs import Left, Rungs, Tensors, climb
+
+_WIDTHS = (8, 16)  # of narrow and of wide outputs
+_WIDE = 256  # features
+_BLOCK = 64  # queries taken at once: few keys then lie after all of them
+_KEPT = 4  # times the output's size that the weights may take until the backward
+
+_softmax_backward = torch.ops.aten._softmax_backward_data.default
 
 
 class AttentionReadout(nn.Module):
@@ -21,16 +34,18 @@ class AttentionReadout(nn.Module):
     to t, the reverse one from its sequence's end down to t, each with its own weights. Neither
     sees a step that the module's output at t did not depend on before.
 
-    width: features each of queries, keys and values, by default 16 at most, since the cost grows
-    with the square of the steps times the width. heads: how many they are split into.
-    torch's fast kernels have no second derivative and say so; inside of
-    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` there is one.
+    width: features each of queries, keys and values; by default 16 where the output has 256 or
+    more, else 8 at most, since the cost grows with the square of the steps times the width.
+    heads: how many they are split into.
+    On a GPU and in half precision torch's fused kernels run. They have no second derivative and
+    say so; inside of `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` there is one.
     """
 
     def __init__(self, module: nn.RNNBase, *, width: int | None = None, heads: int = 1) -> None:
         super().__init__()
         size = module.proj_size or module.hidden_size
-        width = min(_WIDTH, size) if width is None else width
+        if width is None:
+            width = min(_WIDTHS[size >= _WIDE], size)
         if width < 1 or heads < 1 or width % heads:
             raise ValueError(f"width {width} cannot be split into {heads} heads")
         self.heads = heads
@@ -70,14 +85,22 @@ class AttentionReadout(nn.Module):
 
     def _one_way(self, way: int, rows: Tensor) -> Tensor:
         """rows (T, B, n) in the order in which the recurrence went."""
-        three = torch.unflatten(self.read[way](rows), -1, (3, self.heads, -1))
-        query, key, value = three.permute(2, 1, 3, 0, 4)
+        read, write = self.read[way].weight, self.write[way].weight
+        assert isinstance(read, Tensor) and isinstance(write, Tensor)
+        if _by_hand(rows, read):
+            return climb(_RUNGS, _Call(rows, read, write, self.heads), read, ())[0]
+        query, key, value = _by_head(linear(rows, read), self.heads)
         seen = scaled_dot_product_attention(query, key, value, is_causal=True)
-        added: Tensor = self.write[way](seen.permute(2, 0, 1, 3).flatten(2))
-        return rows + added.to(rows.dtype)
+        return rows + linear(_joined(seen), write).to(rows.dtype)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
+
+
+def _by_hand(rows: Tensor, weight: Tensor) -> bool:
+    """Whether this is the better way: not where torch has a kernel, or someone wants its name."""
+    named = torch.compiler.is_compiling() or looked_at()
+    return not named and rows.device.type == "cpu" and half_precision(rows, weight) is None
 
 
 def _from_the_end(steps: int, lengths: Tensor | None, device: torch.device) -> Tensor:
@@ -85,3 +108,121 @@ def _from_the_end(steps: int, lengths: Tensor | None, device: torch.device) -> T
     step = torch.arange(steps, device=device).unsqueeze(1)
     back = (steps if lengths is None else lengths) - 1 - step
     return torch.where(back >= 0, back, step).unsqueeze(-1)
+
+
+class _Call(NamedTuple):
+    """x: rows (T, B, n). read: (3 width, n). write: (n, width)."""
+
+    x: Tensor
+    read: Tensor
+    write: Tensor
+    heads: int
+
+
+def attended(call: _Call) -> Tensors:
+    """Rung 0."""
+    query, key, value = _by_head(linear(call.x, call.read), call.heads)
+    steps = len(call.x)
+    later = torch.ones(steps, steps, dtype=torch.bool, device=call.x.device).triu(1)
+    scores = (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).masked_fill(later, -math.inf)
+    return (call.x + linear(_joined(scores.softmax(-1) @ value), call.write),)
+
+
+def _by_head(read: Tensor, heads: int) -> Tensor:
+    """Queries, keys and values (3, B, heads, T, n) of what was read (T, B, 3 width)."""
+    return torch.unflatten(read, -1, (3, heads, -1)).permute(2, 1, 3, 0, 4)
+
+
+def _joined(seen: Tensor) -> Tensor:
+    """(T, B, width) of (B, heads, T, n)."""
+    return seen.permute(2, 0, 1, 3).flatten(2)
+
+
+def _forward(call: _Call) -> tuple[Tensors, Left]:
+    """Feature by feature in memory, steps side by side: products of few features are slow else."""
+    steps, rows = len(call.x), call.x.flatten(0, 1)
+    three = _across(call.read, call.x)
+    query, key, value = _parts(three, call.heads)
+    seen, kept = [], list[Tensor]()
+    for start, stop in _blocks(steps):
+        weights = _weights(query[..., start:stop], key[..., :stop])
+        seen.append(torch.bmm(value[..., :stop], weights.mT))
+        if steps <= _KEPT * rows.shape[1]:
+            kept.append(weights)
+    read = _along(_end_to_end(seen), call.write.shape[1], call)
+    output = torch.addmm(rows, read, call.write.T)
+    return (output.view(call.x.shape),), (three, read, *kept)
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    """(N, queries, keys) of the last queries among the steps of the keys; both (N, n, steps)."""
+    queries, keys = query.shape[-1], key.shape[-1]
+    later = query.new_full((queries, keys), -math.inf).triu_(keys - queries + 1)
+    scores = torch.baddbmm(later, query.mT, key, alpha=key.shape[1] ** -0.5)
+    return torch.softmax(scores, -1)
+
+
+def _backward(call: _Call, left: Left, cotangents: Tensors, wanted: _Call) -> _Call:
+    three, read, *kept = left
+    assert three is not None and read is not None
+    rows, cotangent = call.x.flatten(0, 1), cotangents[0].contiguous().flatten(0, 1)
+    share = _across(call.write.T, cotangent.view(call.x.shape))
+    into_three = torch.cat(_into_three(three, share, kept, call), 1)
+    into = _along(into_three, len(call.read), call)
+    return _Call(
+        torch.addmm(cotangent, into, call.read).view(call.x.shape),
+        into.T @ rows,
+        (read.T @ cotangent).T,
+        0,
+    )
+
+
+def _into_three(
+    three: Tensor, share: Tensor, kept: Sequence[Tensor | None], call: _Call
+) -> Tensors:
+    """The gradients of queries, keys and values (B, width, T) from that of what they gave."""
+    query, key, value = _parts(three, call.heads)
+    (share,) = _parts(share, call.heads, 1)
+    scale = key.shape[1] ** -0.5
+    into_query: list[Tensor] = []
+    into_key, into_value = torch.zeros_like(key), torch.zeros_like(value)
+    for index, (start, stop) in enumerate(_blocks(key.shape[-1])):
+        asking, asked, own = query[..., start:stop], key[..., :stop], share[..., start:stop]
+        weights = kept[index] if kept else _weights(asking, asked)
+        assert weights is not None
+        scores = torch.bmm(own.mT, value[..., :stop])
+        scores = _softmax_backward(scores, weights, -1, scores.dtype)
+        into_query.append(torch.bmm(asked, scores.mT))
+        into_key[..., :stop] += torch.bmm(asking, scores)
+        into_value[..., :stop] += torch.bmm(own, weights)
+    parts = (_end_to_end(into_query).mul_(scale), into_key.mul_(scale), into_value)
+    return tuple(part.view(call.x.shape[1], len(call.read) // 3, len(call.x)) for part in parts)
+
+
+def _across(weight: Tensor, rows: Tensor) -> Tensor:
+    """Features (B, m, T) by a weight (m, n) from rows (T, B, n), in one product without a copy."""
+    return torch.bmm(weight.expand(rows.shape[1], -1, -1), rows.permute(1, 2, 0))
+
+
+def _parts(features: Tensor, heads: int, count: int = 3) -> list[Tensor]:
+    """That many parts (B heads, n, T) of the features (B, m, T)."""
+    parts = torch.unflatten(features, 1, (count, heads, -1)).unbind(1)
+    return [part.flatten(0, 1) for part in parts]
+
+
+def _along(read: Tensor, width: int, call: _Call) -> Tensor:
+    """(T B, width) of (B, width, T), or of (B heads, n, T)."""
+    steps, batch, _ = call.x.shape
+    return read.view(batch, width, steps).permute(2, 0, 1).reshape(steps * batch, width)
+
+
+def _end_to_end(blocks: list[Tensor]) -> Tensor:
+    return torch.cat(blocks, -1) if len(blocks) > 1 else blocks[0]
+
+
+def _blocks(steps: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, steps, _BLOCK):
+        yield start, min(start + _BLOCK, steps)
+
+
+_RUNGS = Rungs(attended, _forward, _backward)

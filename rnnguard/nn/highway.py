@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from rnnguard.nn.sequences.precision import half_precision
 from rnnguard.nn.sequences.rungs import Left, Rungs, Tensors, climb
 
-_PIECE = 65536  # elements
+_PIECE = 524288  # elements
 
 
 class HighwayGate(nn.Module):
@@ -55,36 +54,40 @@ def blended(call: _Call) -> Tensors:
 
 
 def _forward(call: _Call) -> tuple[Tensors, Left]:
+    """The gate too where there is one piece; to keep more costs more than to compute it anew."""
     output = torch.empty_like(call.x)
-    for part in _pieces(call.x):
-        gate = torch.addcmul(call.bias, call.x[part], call.weight).sigmoid_()
-        torch.lerp(call.x[part], call.y[part], gate, out=output[part])
-    return (output,), ()
+    pieces, gate = _pieces(call.x), None
+    for part in pieces:
+        x = call.x[part]
+        gate = _gate(call, x)
+        torch.lerp(x, call.y[part], gate, out=output[part])
+    return (output,), (gate if len(pieces) == 1 else None,)
 
 
 def _backward(call: _Call, left: Left, cotangents: Tensors, wanted: _Call) -> _Call:
-    """The gate is computed anew: in the cache that costs less than to keep it in memory."""
     into_x, into_y = torch.empty_like(call.x), torch.empty_like(call.y)
     into_weight, into_bias = torch.zeros_like(call.weight), torch.zeros_like(call.bias)
+    whole = (call.x, call.y, cotangents[0], into_x, into_y)
     for part in _pieces(call.x):
-        x, y, cotangent = call.x[part], call.y[part], cotangents[0][part]
-        gate = torch.addcmul(call.bias, x, call.weight).sigmoid_()
-        torch.mul(cotangent, gate, out=into_y[part])
-        before = torch.sub(y, x).mul_(cotangent)
-        torch.ops.aten.sigmoid_backward.grad_input(before, gate, grad_input=before)
-        torch.addcmul(cotangent, before, call.weight, out=into_x[part])
-        into_x[part].sub_(into_y[part])
-        ones = before.new_ones(before.numel() // before.shape[-1])
-        into_bias.addmv_(before.flatten(0, -2).T, ones)
-        into_weight.addmv_(before.mul_(x).flatten(0, -2).T, ones)
+        x, y, cotangent, x_into, y_into = (tensor[part] for tensor in whole)
+        gate = _gate(call, x) if left[0] is None else left[0]
+        torch.mul(cotangent, gate, out=y_into)
+        torch.sub(cotangent, y_into, out=x_into)
+        before = torch.sub(y, x).mul_(gate).mul_(x_into)
+        into_bias.add_(before.flatten(0, -2).sum(0))
+        x_into.addcmul_(before, call.weight)
+        into_weight.add_(before.mul_(x).flatten(0, -2).sum(0))
     return _Call(into_x, into_y, into_weight, into_bias)
 
 
-def _pieces(rows: Tensor) -> Iterator[slice]:
-    """Pieces of the first dimension that fit in a core's cache, temporaries included."""
+def _gate(call: _Call, x: Tensor) -> Tensor:
+    return torch.addcmul(call.bias, x, call.weight).sigmoid_()
+
+
+def _pieces(rows: Tensor) -> list[slice]:
+    """Pieces of the first dimension small enough for a core's caches."""
     step = max(1, _PIECE * len(rows) // max(1, rows.numel()))
-    for start in range(0, len(rows), step):
-        yield slice(start, start + step)
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
 _RUNGS = Rungs(blended, _forward, _backward)

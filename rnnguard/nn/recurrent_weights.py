@@ -2,7 +2,7 @@
 
 Not through torch.nn.utils.parametrize, which renames the parameters: keys, parameter objects and
 optimizer state stay torch's. Gates are the blocks of H rows of `weight_hh`; every gate is held for
-itself. All layers and directions are made in one batch, since their shapes are equal.
+itself. Layers and directions, whose shapes are equal, are made in one batch where that is faster.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from rnnguard.inspection.gates import GATES, cell_of, recurrences, weights_of
-from rnnguard.nn.spectral_norm import spectral_norms
+from rnnguard.nn.spectral_norm import within_spectral_norm
 
 _BASIS = 4  # vectors of the power iteration: close leading values then no longer slow it down
 
@@ -50,12 +50,15 @@ class RecurrentWeights(nn.Module):
 
     def _by_gate(self, weights: Sequence[Tensor]) -> Tensor:
         """(N, gates, H, P) of N weights (gates H, P), at least in float32."""
-        stacked = torch.unflatten(torch.stack(list(weights)), 1, (self.gates, -1))
+        # One weight is viewed: stacked, it would be copied, forward and backward.
+        whole = torch.stack(list(weights)) if len(weights) > 1 else weights[0].unsqueeze(0)
+        stacked = torch.unflatten(whole, 1, (self.gates, -1))
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
     @staticmethod
     def _flat(made: Tensor, like: Tensor) -> list[Tensor]:
-        return list(made.to(like.dtype).flatten(1, 2).unbind(0))
+        flat = made.to(like.dtype).flatten(1, 2)
+        return list(flat.unbind(0)) if len(flat) > 1 else [flat.squeeze(0)]
 
 
 class DropConnect(RecurrentWeights):
@@ -133,12 +136,18 @@ class Orthogonal(RecurrentWeights):
     """
 
     def forward(self, weights: Sequence[Tensor], training: bool) -> list[Tensor]:
-        split = self._by_gate(weights)
-        with torch.autocast(split.device.type, enabled=False):
-            q, r = torch.linalg.qr(split)
-            negative = r.diagonal(dim1=-2, dim2=-1).detach() < 0
-            turned = torch.where(negative, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
-            return self._flat(q * turned, weights[0])
+        # One by one: LAPACK takes block by block anyway, and a stack would be copied.
+        return [self._factor(weight) for weight in weights]
+
+    def _factor(self, weight: Tensor) -> Tensor:
+        blocks = torch.unflatten(weight, 0, (self.gates, -1))
+        blocks = blocks.to(torch.promote_types(weight.dtype, torch.float32))
+        with torch.autocast(weight.device.type, enabled=False):
+            q, r = torch.linalg.qr(blocks)
+            diagonal = r.diagonal(dim1=-2, dim2=-1).detach()
+            turned = torch.ones_like(diagonal).copysign(diagonal).unsqueeze(-2)
+            factor: Tensor = (q * turned).to(weight.dtype).flatten(0, 1)
+            return factor
 
 
 class SpectralBound(RecurrentWeights):
@@ -170,11 +179,11 @@ class SpectralBound(RecurrentWeights):
     def forward(self, weights: Sequence[Tensor], training: bool) -> list[Tensor]:
         split = self._by_gate(weights)
         with torch.autocast(split.device.type, enabled=False):
-            norms, vectors = spectral_norms(split, self.vectors.to(split.dtype, copy=True))
+            start = self.vectors.to(split.dtype, copy=True)
+            made, vectors = within_spectral_norm(split, self.bound, start)
             if training and vectors is not None:
                 self.vectors.copy_(vectors)
-            scale = (self.bound / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
-            return self._flat(split * scale[..., None, None], weights[0])
+            return self._flat(made, weights[0])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         """As torch does, but without `vectors` in the checkpoint the present ones serve."""
