@@ -8,17 +8,17 @@ Every factor of dh is known beforehand, so it is computed for a chunk of steps a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnnguard.nn.sequences.activation import complement_of_square
-from rnnguard.nn.sequences.normed import Normed, through_input_norm
+from rnnguard.nn.sequences.normed import Normed
 from rnnguard.nn.sequences.parts import GateNorms, GRUWeights
 from rnnguard.nn.sequences.products import (
     Totals,
-    if_wanted,
     in_blocks,
     input_gradient,
     plus_product,
@@ -45,28 +45,42 @@ def backward(call: GRUCall, left: Left, cotangents: Tensors, wanted: GRUCall) ->
     weights, norms, of, totals = call.weights, call.norms, wanted.weights, Totals()
     dy, dh = cotangents
     dh = dh + dy[-1]
-    into_fed = torch.empty_like(gates)
+    dx = gates.new_empty(call.x.shape) if wanted.x else None
     for piece in chunks(len(dy)):
         normed = None
         if norms is not None and back is not None:
             normed = Normed(back[piece], norms.gain_hh, None, norms.eps)
-        steps = _Chunk(gates[piece], read[piece], hs[:-1][piece], into_fed[piece], normed)
+        steps = _Chunk(gates[piece], read[piece], hs[:-1][piece], normed)
         kept = None if call.kept is None else call.kept[piece]
         dh = steps.back_through(weights.hh, kept, earlier(dy, piece), dh)
         steps.add_to(totals, call, wanted)
-    into_fed, found = through_input_norm(fed, norms, into_fed, totals["gain_hh"])
-    return GRUCall(
-        x=if_wanted(wanted.x, lambda: input_gradient(into_fed, weights.ih)),
-        h0=dh,
-        weights=GRUWeights(
-            if_wanted(of.ih, lambda: weight_gradient(into_fed, call.x, weights.ih)),
-            totals["hh"],
-            if_wanted(of.bias_ih, lambda: summed(into_fed)),
-            totals["bias_hh"],
-        ),
-        norms=found,
-        kept=None,
-    )
+        # Chunk by chunk here too: a plane of all gates would be a sixth of the memory.
+        into = steps.into_fed
+        del steps, normed  # their planes are not needed beside the next ones
+        into = _through_input_norm(call, fed, piece, into, totals)
+        totals.add("ih", of.ih, partial(weight_gradient, into, call.x[piece], weights.ih))
+        totals.add("bias_ih", of.bias_ih, partial(summed, into))
+        if dx is not None:
+            dx[piece] = input_gradient(into, weights.ih)
+    held = (totals[name] for name in ("ih", "hh", "bias_ih", "bias_hh"))
+    gains = None
+    if norms is not None:
+        gains = GateNorms(totals["gain_ih"], totals["gain_hh"], totals["shift"], norms.eps)
+    return GRUCall(x=dx, h0=dh, weights=GRUWeights(*held), norms=gains, kept=None)  # type: ignore[arg-type]
+
+
+def _through_input_norm(
+    call: GRUCall, fed: Tensor | None, piece: slice, into: Tensor, totals: Totals
+) -> Tensor:
+    """Back through the input's norm over some steps, where there is one."""
+    norms = call.norms
+    if norms is None or fed is None:
+        return into
+    normed = Normed(fed[piece], norms.gain_ih, norms.shift, norms.eps)
+    into, gain, shift = normed.into_all(into)
+    totals.add("gain_ih", True, lambda: gain)
+    totals.add("shift", True, lambda: shift)
+    return into
 
 
 class _Chunk:
@@ -77,12 +91,11 @@ class _Chunk:
         gates: Tensor,
         read: Tensor,
         before: Tensor,
-        into_fed: Tensor,
         normed: Normed | None,
     ) -> None:
         r, self.z, n = gates.chunk(3, -1)
-        self.before, self.into_fed, self.normed = before, into_fed, normed
-        self.da = torch.empty_like(gates)
+        self.before, self.normed = before, normed
+        self.da, self.into_fed = torch.empty_like(gates), torch.empty_like(gates)
         into_r, into_z, into_n = self.da.chunk(3, -1)
         rest = 1 - self.z
         self.slope = complement_of_square(n).mul_(rest)
@@ -95,7 +108,7 @@ class _Chunk:
         """From the last step to the first; gives the gradient of the state before them."""
         blocks, whole = in_blocks(self.da, 3).unbind(0), self.da.unbind(0)
         zs = self.z.unbind(0)
-        dhs, sums = [], []
+        dhs, sums = [], None if self.normed is None else torch.empty_like(self.da)
         for t in range(len(whole) - 1, -1, -1):
             onward = before[t]
             if kept is not None:
@@ -105,12 +118,11 @@ class _Chunk:
             dhs.append(dh)
             blocks[t].mul_(dh.unsqueeze(1))
             into = whole[t]
-            if self.normed is not None:
-                into = self.normed.into_input(t, into)
-                sums.append(into)
+            if self.normed is not None and sums is not None:
+                into = sums[t] = self.normed.into_input(t, into)
             dh = plus_product(torch.addcmul(onward, dh, zs[t]), into, hh)
-        if sums:
-            self.into_sum = torch.stack(sums[::-1])
+        if sums is not None:
+            self.into_sum = sums
         # The input's part of n does not pass through the reset gate.
         both_gates = 2 * self.slope.shape[-1]
         self.into_fed[..., :both_gates] = self.da[..., :both_gates]

@@ -91,9 +91,10 @@ class _Chunk:
             new = torch.addcmul(self.forget * before, i, g)
         self.cell = self.back = None
         if norms is not None and back is not None:
-            self.cell = Normed(new, norms.gain_cell, norms.shift_cell, norms.eps)
+            self.cell = Normed(new, norms.gain_cell, norms.shift_cell, norms.eps, keeps_out=True)
             self.back = Normed(back[piece], norms.gain_hh, None, norms.eps)
-        th = new.tanh() if self.cell is None else self.cell.out.tanh_()
+        normed = None if self.cell is None else self.cell.out
+        th = new.tanh() if normed is None else normed.tanh_()
         self.read = None if self.weights.hr is None else o * th
         self.into_read = complement_of_square(th).mul_(o)
         self.into_sum = da

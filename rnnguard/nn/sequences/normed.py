@@ -19,12 +19,23 @@ def norm(given: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tenso
 
 
 class Normed:
-    """norm(given) over steps (T, B, n) as `out`, and its derivatives for one step or for all."""
+    """The derivatives of norm(given) over steps (T, B, n), for one step or for all.
 
-    def __init__(self, given: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> None:
+    `out`: norm(given), which takes a plane of memory, where it is kept.
+    """
+
+    def __init__(
+        self,
+        given: Tensor,
+        gain: Tensor,
+        shift: Tensor | None,
+        eps: float,
+        *,
+        keeps_out: bool = False,
+    ) -> None:
         self.shape, self.gain = (given.shape[-1],), gain
-        found = torch.native_layer_norm(given, self.shape, gain, shift, eps)
-        self.out, mean, rstd = found
+        out, mean, rstd = torch.native_layer_norm(given, self.shape, gain, shift, eps)
+        self.out = out if keeps_out else None
         self.whole = (given, self.shape, mean, rstd, gain, torch.zeros_like(gain))
         self.steps = list(zip(given.unbind(0), mean.unbind(0), rstd.unbind(0), strict=True))
 
