@@ -71,6 +71,19 @@ class CharacterModel(nn.Module):
         return self.head(self.rnn(self.embedding(x))[0]).transpose(1, 2)
 
 
+class Tagger(nn.Module):
+    """Embedding, a deep LSTM and a head over every step."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 16)
+        self.rnn = nn.LSTM(16, 24, num_layers=layers, batch_first=True)
+        self.head = nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embedding(x))[0]).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Task:
     """One task with one cell: how to build the model, its batches, and its score (higher wins)."""
@@ -105,6 +118,14 @@ def adding_batches(steps: int, batch: int, count: int, seed: int) -> Iterator[Ba
         second = torch.randint(steps // 2, steps, (batch,), generator=generator)
         x[rows, first, 1] = x[rows, second, 1] = 1
         yield x, (x[rows, first, 0] + x[rows, second, 0])[:, None]
+
+
+def tagging_batches(count: int, seed: int) -> Iterator[Batch]:
+    """At each step the sum, modulo 8, of the present symbol and the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randint(8, (16, 30), generator=generator)
+        yield x, torch.cat([x[:, :1], (x[:, 1:] + x[:, :-1]) % 8], 1)
 
 
 def drawn(x: Tensor, y: Tensor, batch: int, count: int, seed: int) -> list[Batch]:
@@ -163,6 +184,22 @@ def _digits(kind: str, rnn: Callable[[], nn.Module]) -> Task:
     )
 
 
+def _tagging(layers: int) -> Task:
+    x, y = next(tagging_batches(1, seed=10**6))
+
+    @torch.no_grad()
+    def score(model: nn.Module) -> float:
+        return float((model(x).argmax(1) == y).double().mean())
+
+    return Task(
+        f"tagging, {layers}-layer LSTM",
+        lambda: Tagger(layers),
+        lambda seed: list(tagging_batches(400, 1000 + seed)),
+        score,
+        rate=5e-3,
+    )
+
+
 def _characters(name: str, memory: int | None) -> Task:
     x, y, characters = text_windows(64)
     held_out = len(x) // 10
@@ -200,6 +237,7 @@ def all_tasks() -> list[Task]:
         *(_recall(kind, short[kind], 10) for kind in ("LSTM", "GRU", "tanh RNN")),
         *(_digits(kind, rnn) for kind, rnn in wide.items()),
         *(_adding(kind, adding[kind], 100) for kind in ("LSTM", "tanh RNN")),
+        *(_tagging(layers) for layers in (2, 8)),
         _characters("characters, LSTM", None),
         _characters("characters, LSTM, memory=64", 64),
     ]

@@ -149,7 +149,7 @@ def test_layers_far_apart_are_brought_together() -> None:
     model = Chain(deep)
     report = mend(model, torch.randn(BATCH, 12, IN), memory=5, tiers=("structure",))
     assert (report.before["parts.0"].layer_ratio or 0) > 1e3
-    assert structural(report, "applied") == ["layer_norm_between"]
+    assert structural(report, "applied") == ["residual"]
     assert type(deep) is FusedLSTM
     assert (report["parts.0"].layer_ratio or 0) < 50
     assert "RG404" in {finding.code for finding in report.findings}
