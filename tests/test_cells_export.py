@@ -11,17 +11,13 @@ import torch
 from cell_cases import CELLS
 from fused_cases import AT_WORK, KINDS, fused
 from onnx.reference import ReferenceEvaluator
+from test_export import EXPORTERS_SAY
 from torch import Tensor, fx, nn
 
 from rnnguard.nn import Tracer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
-    pytest.mark.filterwarnings("ignore:.*torch.(jit|ao).*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based"),
-    pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size other than 1"),
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
-    pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights"),
+    *EXPORTERS_SAY,
     pytest.mark.filterwarnings("ignore:Constant folding"),
     # torch.compile, about what it goes on with after each recurrence of torch as well.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),

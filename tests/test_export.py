@@ -29,7 +29,7 @@ from torch.nn.functional import layer_norm
 from rnnguard.errors import RefusedError
 from rnnguard.nn.output_norm import OUTPUT_NORMS
 
-pytestmark = [
+EXPORTERS_SAY = [
     # torch says so once per process about its own projections.
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported"),
     # torch.export, about every recurrent module of torch.
@@ -42,6 +42,7 @@ pytestmark = [
     # The tracers read sizes and lengths as numbers; packing makes torch do so itself.
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
+pytestmark = EXPORTERS_SAY
 every_kind = pytest.mark.parametrize("kind", KINDS)
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -15,7 +15,7 @@ Aim = Literal["health", "growth", "input", "output", "depth"]
 
 # Half a decade of retention is beyond the spread of the estimate over directions.
 NOTICEABLE = 0.5
-# Adam brings layers to one pace whose gradients differ by less.
+# Below it nothing calls for a change of depth: the bound of RG404 and of its scenario.
 UNEVEN = 1e3
 
 
