@@ -20,6 +20,7 @@ from rnnguard.records import (
     Record,
     near_miss,
 )
+from rnnguard.usage import RunUsage, SiteUsage
 
 
 class Site(Record):
@@ -127,7 +128,7 @@ class Provenance(Record):
         return f"the weights are {doubt}: {self.reason}"
 
 
-class SiteReadings(Record):
+class SiteReadings(SiteUsage):
     """Everything measured at one site.
 
     `retention` is log10 R(k) for lag k = 0, 1, ..., `retention_stderr` its standard error;
@@ -206,7 +207,7 @@ class SiteReadings(Record):
         return self.path or "(model)"
 
 
-class RunReadings(Record):
+class RunReadings(RunUsage):
     """What was measured of the run as a whole: data, gradients, optimizer, and trial steps.
 
     Of a trial: `spike_rate`, `clip_fraction` and `skip_rate` are shares of its steps,

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rnnguard.decision.conditions import (
     RUN_VOCABULARY,
     SITE_VOCABULARY,
+    TEXTS,
     Interval,
     OneOf,
     When,
@@ -165,5 +166,11 @@ def test_what_is_shown_of_a_reading() -> None:
 def test_the_values_come_from_both_records() -> None:
     values = vocabulary_values(site_readings(), run_readings())
     assert (values["cell"], values["optimizer"]) == ("lstm", "adam")
-    assert set(values) == {*SITE_VOCABULARY, *RUN_VOCABULARY}
-    assert set(vocabulary_values(None, run_readings())) == set(RUN_VOCABULARY)
+    assert set(values) == {*SITE_VOCABULARY, *RUN_VOCABULARY, *TEXTS}
+    assert set(vocabulary_values(None, run_readings())) - TEXTS == set(RUN_VOCABULARY)
+
+
+def test_a_text_can_be_told_but_not_compared() -> None:
+    assert "idle_names" in TEXTS
+    with pytest.raises(ValueError, match="'idle_names' is text, which only a message may name"):
+        parse_cell("idle_names", "lstm")

@@ -245,3 +245,22 @@ def test_a_finding_of_the_audit_itself(rulebook: Rulebook) -> None:
     assert (found.path, found.location, found.message) == (None, "model.py:3", "one cell is lost.")
     with pytest.raises(RulesError):
         audit_finding(rulebook, "RG000", "nothing")
+
+
+def test_warning_when_raises_an_info(own_book: Rulebook) -> None:
+    (rule,) = own_book.rules
+    fields = {"severity": "info", "warning_when": rule.error_when, "error_when": None}
+    book = own_book.model_copy(update={"rules": (rule.model_copy(update=fields),)})
+    found = [findings_of(book, measurement(site_readings(effective_length=n))) for n in (10, 4)]
+    assert [finding.severity for (finding,) in found] == ["info", "warning"]
+
+
+def test_a_finding_stands_where_its_reading_was_made(own_book: Rulebook) -> None:
+    sites = [
+        site_readings(effective_length=10),
+        site_readings(effective_length=10, places={"effective_length": "model.py:31"}),
+        site_readings(effective_length=10, places={"readout": "model.py:40"}),
+    ]
+    found = [findings_of(own_book, measurement(site)) for site in sites]
+    places = [finding.location for (finding,) in found]
+    assert places == ["model.py:18", "model.py:31", "model.py:18"]

@@ -19,6 +19,7 @@ FLOORS = {
     "errors": 0,
     "files": 0,
     "records": 0,
+    "usage": 0,
     "measurements": 0,
     "inspection": 1,
     "probe": 2,
@@ -44,7 +45,8 @@ FLOORS = {
 # What may be imported on one's own floor; the doors all open onto the public names.
 SIDEWAYS = {
     "records": {"errors", "files"},
-    "measurements": {"records"},
+    "usage": {"records"},
+    "measurements": {"records", "usage"},
     "rewrite": {"nn"},
     "remedies": {"nn", "rewrite"},
     "mending": {"replay"},
@@ -56,7 +58,7 @@ SIDEWAYS = {
     "demo": {"__init__"},
     "integrations": {"__init__"},
 }
-TORCH_FREE = {"errors", "files", "records", "measurements", "decision"}
+TORCH_FREE = {"errors", "files", "records", "usage", "measurements", "decision"}
 HEAVY = ("torch", "sklearn", "scipy", "numpy", "matplotlib", "rich", "jinja2", "typer")
 
 

@@ -15,6 +15,7 @@ from factories import run_readings, site_readings
 from rnnguard.decision.conditions import (
     RUN_VOCABULARY,
     SITE_VOCABULARY,
+    TEXTS,
     VOCABULARY,
     Interval,
     vocabulary_values,
@@ -275,4 +276,11 @@ def test_the_optimizer_is_clipped_once() -> None:
 
 
 def test_values_of_both_records_are_words() -> None:
-    assert set(vocabulary_values(site_readings(), run_readings())) == set(VOCABULARY)
+    assert set(vocabulary_values(site_readings(), run_readings())) == {*VOCABULARY, *TEXTS}
+
+
+def test_the_lowest_priority_comes_first(book: Rulebook) -> None:
+    site, run = site_readings(memory_needed=80), run_readings()
+    rows = [row.model_copy(update={"priority": 5 * (row.id == "long")}) for row in book.scenarios]
+    found = matching(book.model_copy(update={"scenarios": tuple(rows)}), "recurrence", site, run)
+    assert found is not None and found.id == "any-lstm"

@@ -69,9 +69,16 @@ def _vocabulary(record: type[Record]) -> dict[str, Any]:
     return {n: k for n, k in kinds.items() if k is not None and n in record.model_fields}
 
 
+def _texts(record: type[Record]) -> set[str]:
+    hints = get_type_hints(record)
+    return {name for name in record.model_fields if hints[name] in (str, str | None)}
+
+
 SITE_VOCABULARY = _vocabulary(SiteReadings)
 RUN_VOCABULARY = _vocabulary(RunReadings)
 VOCABULARY = SITE_VOCABULARY | RUN_VOCABULARY
+# What a sentence may name besides: readings of free text, which no cell can state anything about.
+TEXTS = _texts(SiteReadings) | _texts(RunReadings)
 
 
 def _interval(text: Any) -> Interval:
@@ -100,6 +107,8 @@ def _labels(name: str, allowed: tuple[Any, ...], cell: Any) -> OneOf:
 
 def parse_cell(name: str, cell: Any) -> Interval | OneOf:
     """The condition that one table cell states about the reading `name`."""
+    if name in TEXTS:
+        raise ValueError(f"'{name}' is text, which only a message may name")
     if name not in VOCABULARY:
         raise ValueError(f"'{name}' is not a reading; {near_miss(name, list(VOCABULARY))}")
     kind = VOCABULARY[name]
@@ -161,5 +170,5 @@ def vocabulary_values(*records: Record | None) -> dict[str, Any]:
         for record in records
         if record is not None
         for name in type(record).model_fields
-        if name in VOCABULARY
+        if name in VOCABULARY or name in TEXTS
     }

@@ -12,7 +12,7 @@ from typing import Any
 from rnnguard.decision.conditions import When, vocabulary_values
 from rnnguard.decision.rulebook import Rule, Rulebook
 from rnnguard.measurements import Measurement, RunReadings, SiteReadings
-from rnnguard.records import Finding, Level, Record
+from rnnguard.records import Finding, Level, Record, Severity
 
 EXPLODING_OVER_WINDOW = math.log(100)
 EXPANSIVE_OVER_WINDOW = math.log(3)
@@ -95,12 +95,20 @@ def _fired(rule: Rule, when: When, site: SiteReadings | None, run: RunReadings) 
     values = vocabulary_values(*_records(site, run))
     if not when.holds(values):
         return []
-    graver = rule.error_when is not None and rule.error_when.holds(values)
-    severity = "error" if graver else rule.severity
     evidence = when.evidence(values)
     path, location = (site.path, site.location) if site is not None else (None, None)
+    places = run.places | (site.places if site is not None else {})
+    location = next((places[name] for name in when.cells if name in places), location)
     message = rule.message.format_map(values)
-    return [_finding(rule, severity, path, location, message, evidence)]
+    return [_finding(rule, _severity(rule, values), path, location, message, evidence)]
+
+
+def _severity(rule: Rule, values: dict[str, Any]) -> Severity:
+    if rule.error_when is not None and rule.error_when.holds(values):
+        return "error"
+    if rule.warning_when is not None and rule.warning_when.holds(values):
+        return "warning"
+    return rule.severity
 
 
 def _records(site: SiteReadings | None, run: RunReadings) -> tuple[Record, ...]:
@@ -108,7 +116,7 @@ def _records(site: SiteReadings | None, run: RunReadings) -> tuple[Record, ...]:
 
 
 def _finding(
-    rule: Rule, severity: Any, path: str | None, location: str | None, message: str,
+    rule: Rule, severity: Severity, path: str | None, location: str | None, message: str,
     evidence: dict[str, str],
 ) -> Finding:  # fmt: skip
     return Finding(

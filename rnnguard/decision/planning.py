@@ -28,10 +28,10 @@ class Prescriber(Protocol):
 def matching(
     rulebook: Rulebook, scope: str, site: SiteReadings | None, run: RunReadings
 ) -> Scenario | None:
-    """The first row of the scope whose cells all hold."""
+    """The row of the scope whose cells all hold; of several the one that comes first."""
     values = vocabulary_values(site, run)
-    rows = (row for row in rulebook.scenarios if row.scope == scope)
-    return next((row for row in rows if row.when.holds(values)), None)
+    rows = (row for row in rulebook.ranked(scope) if row.when.holds(values))
+    return next(rows, None)
 
 
 def reason(row: Scenario, site: SiteReadings | None, run: RunReadings) -> str:

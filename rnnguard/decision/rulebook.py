@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 import rnnguard
-from rnnguard.decision.conditions import VOCABULARY, When
+from rnnguard.decision.conditions import TEXTS, VOCABULARY, When
 from rnnguard.errors import Refusal, RulesError
 from rnnguard.records import SCHEMA, Record, Severity, Tier, near_miss
 
@@ -24,7 +24,7 @@ Name = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
 def _check_template(text: str) -> str:
     """Every {name} in a sentence must be a reading, or formatting would fail at the user's."""
     for _, name, _, _ in string.Formatter().parse(text):
-        if name is not None and name not in VOCABULARY:
+        if name is not None and name not in VOCABULARY and name not in TEXTS:
             raise ValueError(f"'{name}' is not a reading; {near_miss(name, list(VOCABULARY))}")
     return text
 
@@ -42,7 +42,12 @@ class Row(Record):
 
 
 class Rule(Row):
-    """Which readings make which finding; rows without `when` are raised by the code itself."""
+    """Which readings make which finding; rows without `when` are raised by the code itself.
+
+    `how` it is traced or measured, by `method`. `example` and `twin` are Python that makes the
+    arguments of an audit by name: the one has the finding, the other is the same made healthy.
+    Where `warning_when` or `error_when` hold too, the severity rises to that.
+    """
 
     code: str = Code
     name: str = Name
@@ -50,11 +55,15 @@ class Rule(Row):
     stage: Literal["measured", "audit", "refusal"] = "measured"
     what: str
     why: str
+    method: Literal["static", "probe", "recorded step"] = "probe"
+    how: str = ""
     example: str = ""
+    twin: str = ""
     message: str = ""
     cure: str
     fix: Literal[Tier, "manual", "none"]
     when: When | None = None
+    warning_when: When | None = None
     error_when: When | None = None
     implied_by: tuple[str, ...] = ()
     refs: tuple[str, ...] = ()
@@ -71,22 +80,25 @@ class Rule(Row):
 class Scenario(Row):
     """Which situation calls for which combination of remedies, with doses, reason and source.
 
-    The first matching row of each scope wins. At a site there is one for its recurrence, one for
-    its input, one for its structure (on the readings that the changed values then give), one for
-    the depth of its layers and one for its output; and there is one for the run. A dose is
-    a number or the name of a reading, and `by` the name of a form of the remedy.
+    Of each scope the matching row of the lowest `priority` wins, of equal ones the first; built-in
+    rows have 10 and more. `advice` is said in the report and never done. At a site there is one
+    for its recurrence, one for its input, one for its structure (on the readings that the changed
+    values then give), one for the depth of its layers and one for its output; and there is one for
+    the run. A dose is a number or the name of a reading, and `by` the name of a form of the remedy.
     """
 
     id: str = Name
+    priority: int = 0
     scope: Literal["recurrence", "input", "structure", "depth", "output", "run"] = "recurrence"
     codes: tuple[str, ...] = ()
     when: When
     apply: tuple[str, ...]
     dose: dict[str, dict[str, float | int | bool | str]] = Field(default={})
     why: str
+    advice: str = ""
     refs: tuple[str, ...]
 
-    _template = field_validator("why")(_check_template)
+    _template = field_validator("why", "advice")(_check_template)
 
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
@@ -117,6 +129,10 @@ class Rulebook(Record):
                 return rule
         names = [n for rule in self.rules for n in (rule.code, rule.name)]
         raise _unknown("rule", code_or_name, names)
+
+    def ranked(self, scope: str) -> list[Scenario]:
+        """The scenarios of a scope, those that win first."""
+        return sorted((s for s in self.scenarios if s.scope == scope), key=lambda s: s.priority)
 
     def check_remedies(self, known: Sequence[str]) -> None:
         """Raises RulesError when a scenario applies a remedy that does not exist."""
