@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from rnnguard.records import Record
 
 StateIndex = Literal["sound", "first layer", "one direction", "mixed axes"]
@@ -29,7 +31,7 @@ class SiteUsage(Record):
     memory needed, where that is known.
     """
 
-    places: Places = {}
+    places: Places = Field(default={})
     state_index: StateIndex = "sound"
     reverse_seen: int | None = None
     detached: bool = False
@@ -57,7 +59,7 @@ class RunUsage(Record):
     weights), `fp16_unscaled` (half precision without a loss scale).
     """
 
-    places: Places = {}
+    places: Places = Field(default={})
     leakage: float | None = None
     mixed_axis: str = ""
     parameters_idle: int = 0
