@@ -29,7 +29,7 @@ from rnnguard.probe.subject import Subject
 from rnnguard.probe.trial import run_trial
 from rnnguard.probe.trial_readings import with_trial
 from rnnguard.ranks import alike, note, rank, told
-from rnnguard.records import TIERS, Plan, Tier
+from rnnguard.records import TIERS, Finding, Plan, Tier
 from rnnguard.replay import REMEDY, read_plan, replay, replay_refusals
 from rnnguard.report.notes import (
     ORDER,
@@ -80,7 +80,7 @@ def audit(
     request = Request(data, inputs, loss, step, memory, None, seed)
     subject = request.subject(asked)
     look = without(diagnosed(_tried(measure(subject), subject, trial)), skip)
-    findings = (*audit_findings(rulebook, look), *findings_of(rulebook, look.measurement))
+    findings = _findings(rulebook, look)
     report = Report(
         sites=tuple(site.record for site in look.sites),
         before=look.measurement,
@@ -234,8 +234,8 @@ def _report(
         sites=tuple(site.record for site in before.sites),
         before=before.measurement,
         after=after.measurement if mending.changes else None,
-        findings=(*audit_findings(rulebook, before), *findings_of(rulebook, before.measurement)),
-        remaining=(*audit_findings(rulebook, after), *findings_of(rulebook, after.measurement)),
+        findings=_findings(rulebook, before),
+        remaining=_findings(rulebook, after),
         changes=tuple(mending.changes if keep else planned),
         plan=Plan(changes=tuple(planned)),
         refusals=tuple(mending.refusals),
@@ -250,6 +250,10 @@ def _report(
         undo=edit.undo_ if keep and mending.changes else None,
         live=partial(engagement_of, asked.optimizer),
     )
+
+
+def _findings(rulebook: Rulebook, look: Look) -> tuple[Finding, ...]:
+    return findings_of(rulebook, look.measurement, audit_findings(rulebook, look))
 
 
 def _rulebook(rules: Rules) -> Rulebook:

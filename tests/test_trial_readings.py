@@ -130,3 +130,11 @@ def test_the_way_through_json() -> None:
     assert math.isnan(again.losses[0]) and again.norms == (1.0, math.inf)
     assert again.first_nonfinite == place
     assert again.spikes == found.spikes
+
+
+def test_the_loss_is_held_against_that_of_the_same_batch() -> None:
+    """Of two batches the second is harder; that is no rise."""
+    losses = tuple(float(1 + 4 * (step % 2)) for step in range(10))
+    alone = trial([1.0] * 10, losses=losses)
+    paired = trial([1.0] * 10, losses=losses, starts=(1.0, 5.0))
+    assert (alone.loss_above_start, paired.loss_above_start) == (2.0, 0.0)

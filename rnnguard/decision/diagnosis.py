@@ -7,6 +7,7 @@ spikes alone harm no training, a loss that has risen does, and R of 1e-5 is ofte
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from rnnguard.decision.conditions import When, vocabulary_values
@@ -59,9 +60,14 @@ def diagnose(measurement: Measurement) -> Measurement:
     return measurement.model_copy(update={"sites": sites})
 
 
-def findings_of(rulebook: Rulebook, measurement: Measurement) -> tuple[Finding, ...]:
-    """Every measured rule that fires, worst first; implied ones are folded into their cause."""
-    found: list[Finding] = []
+def findings_of(
+    rulebook: Rulebook, measurement: Measurement, seen: Iterable[Finding] = ()
+) -> tuple[Finding, ...]:
+    """Every measured rule that fires with what was `seen` beside, worst first.
+
+    Implied findings are folded into their cause.
+    """
+    found = list(seen)
     for rule in rulebook.rules:
         if rule.when is None:
             continue
@@ -134,8 +140,10 @@ def _finding(
 
 
 def _implied(finding: Finding, found: list[Finding], rulebook: Rulebook) -> bool:
+    """Whether a cause was found at the same site, or one of the two concerns the whole run."""
     causes = rulebook.rule(finding.code).implied_by
     return any(
-        other.path == finding.path and (other.code in causes or other.name in causes)
+        (other.path == finding.path or None in (other.path, finding.path))
+        and (other.code in causes or other.name in causes)
         for other in found
     )

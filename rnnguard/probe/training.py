@@ -74,6 +74,16 @@ class Training:
         self._reading = StepReading()
         self._last_norm: float | None = None
 
+    def losses(self) -> tuple[float, ...]:
+        """The loss of every batch as the model stands; none where one of them cannot be had.
+
+        Leaves whatever a forward leaves behind.
+        """
+        try:
+            return tuple(float(self._loss(batch).detach()) for batch in self._batches)
+        except Exception:
+            return ()
+
     def step(self, index: int) -> StepReading:
         """The step of that number, from 0; raises what model, loss or optimizer raise."""
         self._index, self._reading, self._last_norm = index, StepReading(), None

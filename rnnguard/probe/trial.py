@@ -60,6 +60,9 @@ def run_trial(
         training = Training(subject, optimizer, scaler, scheduler)
         torch.manual_seed(subject.seed)
         with _as_in_training(subject):
+            starts = training.losses()
+            snapshot.restore()
+            torch.manual_seed(subject.seed)
             readings, stop = _taken(training, steps, seconds, started)
     finally:
         snapshot.restore()
@@ -69,6 +72,7 @@ def run_trial(
     return Trial(
         **found,
         planned=steps,
+        starts=starts,
         stopped=stop,
         first_nonfinite=training.first_nonfinite,
         seconds=seconds_taken,

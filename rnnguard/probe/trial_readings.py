@@ -33,6 +33,7 @@ class Stop(Record):
 class Trial(Record):
     """Real optimizer steps, one entry per step taken; numbers beyond them are derived.
 
+    `starts`: what the untouched model gives on each batch; step i takes batch i modulo their count.
     `losses`: as the user's loss gives them. `norms`: Euclidean norm of all gradients of the
     optimizer's parameters before any clip, and without a GradScaler's factor. `applied`:
     whether any parameter moved. `cut_to`: the norm that a clip left, None where none
@@ -45,6 +46,7 @@ class Trial(Record):
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     planned: int
+    starts: tuple[float, ...] = ()
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     applied: tuple[bool, ...]
@@ -127,12 +129,16 @@ class Trial(Record):
 
     @property
     def loss_above_start(self) -> float | None:
-        """Mean loss of the last fifth minus the very first loss, that of the untouched model.
+        """Mean loss of the last fifth minus that of the untouched model on the same batches.
 
         The first steps may throw the loss up so far that it falls from there ever after.
         """
         fifths = self._fifths()
-        return None if fifths is None else statistics.fmean(fifths[1]) - self.losses[0]
+        if fifths is None:
+            return None
+        starts = self.starts or self.losses[:1]
+        last = range(self.steps - len(fifths[1]), self.steps)
+        return statistics.fmean(self.losses[i] - starts[i % len(starts)] for i in last)
 
     @property
     def improved(self) -> bool | None:
