@@ -212,7 +212,8 @@ class RunReadings(RunUsage):
 
     Of a trial: `spike_rate`, `clip_fraction` and `skip_rate` are shares of its steps,
     `update_ratio` is log10 of |change| / |weight| of the recurrent weights per step,
-    `loss_change` the loss at its end minus that at its start, `improved` whether it fell
+    `loss_change` the loss at its end minus that at its start, `loss_rise` the loss at its end
+    minus that of the untouched model, as a share of that, `improved` whether it fell
     clearly, `graph_kept` whether a step failed because a state kept the graph of the last one.
     """
 
@@ -244,6 +245,7 @@ class RunReadings(RunUsage):
     update_ratio: float | None = None
     loss_change: float | None = None
     loss_above_start: float | None = None
+    loss_rise: float | None = None
     improved: bool | None = None
     nonfinite_steps: int | None = None
     first_nonfinite: str | None = None

@@ -138,7 +138,11 @@ def codes(found: tuple[Finding, ...]) -> list[str]:
         (["RG402"], {"level": "exploding"}),
         (["RG407"], {"level": "at risk: fading"}),
         ([], {"level": "at risk: fading", "memory_needed": 10}),
-        (["RG408"], {"level": "at risk: expansive"}),
+        (
+            ["RG408"],
+            {"level": "at risk: expansive", "expansive": True, "growth_over_window": 1.2},
+        ),
+        ([], {"level": "at risk: expansive"}),  # by spikes, of which RG410 tells
     ],
 )
 def test_what_fires_at_a_site(
@@ -174,8 +178,8 @@ def test_what_fires_of_the_run(
         ("RG407", "RG101", {"level": "at risk: fading", "forget_bias": 0.0}),
         ("RG401", "RG105", {"level": "vanishing", "cell": "rnn_tanh"}),
         (
-            "RG402",
             "RG106",
+            "RG402",
             {"level": "exploding", "cell": "rnn_relu", "spectral_radius": 2.0},
         ),
     ],

@@ -18,7 +18,7 @@ from rnnguard.records import Finding, Level, Record, Severity
 EXPLODING_OVER_WINDOW = math.log(100)
 EXPANSIVE_OVER_WINDOW = math.log(3)
 GROWTH_LIMIT = 100.0
-RISEN = 0.2  # of the loss before the trial
+RISEN = 0.2  # of the loss before the trial, the bound of RG412
 RISKY_SPIKES = 0.01  # share of trial steps
 VANISHED = -6.0  # log10 R
 FADED = math.log10(5e-2)
@@ -26,7 +26,7 @@ FADED = math.log10(5e-2)
 
 def level_of(site: SiteReadings, run: RunReadings) -> Level:
     """The first row of the health table that the readings meet."""
-    if run.nonfinite or run.nonfinite_steps or _has_risen(run):
+    if run.nonfinite or run.nonfinite_steps or (run.loss_rise or 0.0) > RISEN:
         return "unstable"
     over_window = site.growth_over_window if site.expansive else 0.0
     if over_window > EXPLODING_OVER_WINDOW or site.growth > GROWTH_LIMIT:
@@ -43,12 +43,6 @@ def level_of(site: SiteReadings, run: RunReadings) -> Level:
     if site.retention_at_memory < FADED:
         return "vanishing" if sure and site.retention_at_memory < VANISHED else "at risk: fading"
     return "healthy"
-
-
-def _has_risen(run: RunReadings) -> bool:
-    """Whether the trial ended at a loss clearly above the one that it began with."""
-    above, loss = run.loss_above_start, run.loss
-    return above is not None and loss is not None and above > RISEN * abs(loss)
 
 
 def diagnose(measurement: Measurement) -> Measurement:

@@ -184,6 +184,10 @@ def _share(count: int, steps: int) -> float:
     return count / steps if steps > 0 else 0.0
 
 
+def _over(change: float | None, loss: float | None) -> float | None:
+    return change / abs(loss) if change is not None and loss else None
+
+
 def with_trial(run: RunReadings, trial: Trial) -> RunReadings:
     """The readings of the run together with those of a trial of it."""
     kept = trial.stopped is not None and "backward through the graph a second time" in (
@@ -202,6 +206,7 @@ def with_trial(run: RunReadings, trial: Trial) -> RunReadings:
             "update_ratio": update,
             "loss_change": trial.loss_change,
             "loss_above_start": trial.loss_above_start,
+            "loss_rise": _over(trial.loss_above_start, run.loss),
             "improved": trial.improved,
             "nonfinite_steps": len(trial.nonfinite_steps),
             "first_nonfinite": str(trial.first_nonfinite) if trial.first_nonfinite else None,
