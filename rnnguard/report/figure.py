@@ -38,7 +38,7 @@ def draw(report: Report, ax: Axes | None = None) -> Axes:
     ax.set_ylim(LOWEST, math.ceil(highest) + 0.5)
     ax.set_xlabel("lag in steps (dashed: memory needed)")
     ax.set_ylabel("log10 of the gradient left")
-    ax.set_title("Gradient by lag (grey: fading at 0.05, vanishing at 0.0001)")
+    ax.set_title("Gradient by lag (grey: fading at 0.05, vanishing at 1e-6)")
     if report.sites:
         ax.legend()
     return ax
