@@ -283,3 +283,21 @@ def test_the_words_of_a_cell_and_of_no_recurrence() -> None:
     assert "Give what it takes; `0` takes (B, F) with F = 3. (RG912)" in cell
     plain = refusal(nn.Sequential(nn.Linear(F, H)), [(torch.randn(B, 7), Y)])
     assert "Give what it takes; see the model's forward. (RG912)" in plain
+
+
+def test_the_first_value_that_is_not_finite_has_its_place() -> None:
+    class Rooted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(5, 16, batch_first=True), nn.Linear(16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.rnn(x)[0][:, -1])
+            return (logits - 9).sqrt()
+
+    x, y = torch.randn(6, 20, 5), torch.rand(6, 1)
+    run = measure(subject(Rooted(), [(x, y)] * 2, loss=nn.MSELoss())).measurement.run
+    assert run.nonfinite and "batch 0: forward `(model)` at sqrt" in str(run.first_nonfinite)
+    assert run.places["nonfinite"].startswith("tests/test_measurement.py:")
+    calm = measure(subject(nn.GRU(5, 16), [x])).measurement.run
+    assert calm.first_nonfinite is None and calm.places == {}

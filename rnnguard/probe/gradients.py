@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from rnnguard.inspection.batches import Batch, Batches
+from rnnguard.inspection.batches import Batches
 
 PASSES = 3  # more would cost an audit more training steps than they tell
 
@@ -20,12 +20,14 @@ class Gradients:
     """Total gradient norm per batch and mean loss; `nonfinite` when any was not finite.
 
     `by_parameter`: the median norm of each parameter that had a gradient in any batch, by name.
+    `first_bad`: the first batch with a loss or norm that is not finite.
     """
 
     norms: tuple[float, ...]
     loss: float | None
     nonfinite: bool
     by_parameter: Mapping[str, float] = field(default_factory=dict)
+    first_bad: int | None = None
 
     @property
     def median(self) -> float:
@@ -67,8 +69,9 @@ def gradient_norms(model: nn.Module, batches: Batches, seed: int) -> Gradients:
     norms: list[float] = []
     losses: list[float] = []
     of: dict[str, list[float]] = {}
-    for batch in _spread(batches.batches):
-        batch = batches.fresh(batch)
+    bad: list[int] = []
+    for number in _spread(len(batches.batches)):
+        batch = batches.fresh(batches.batches[number])
         scalar = batches.scalar(batches.forward(model, batch), batch, seed)
         if scalar is None or not scalar.requires_grad:
             continue
@@ -76,19 +79,21 @@ def gradient_norms(model: nn.Module, batches: Batches, seed: int) -> Gradients:
         found = parameter_gradients(model, scalar)
         dense = {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
         norms.append(_norm(dense.values()) if dense else 0.0)
+        if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
+            bad.append(number)
         for name, gradient in dense.items():
             of.setdefault(name, []).append(_norm([gradient]))
-    nonfinite = not all(map(math.isfinite, (*norms, *losses)))
     loss = statistics.fmean(losses) if losses and batches.has_loss else None
     by_parameter = {name: statistics.median(found) for name, found in of.items()}
-    return Gradients(tuple(norms), loss, nonfinite, by_parameter)
+    first_bad = min(bad, default=None)
+    return Gradients(tuple(norms), loss, bool(bad), by_parameter, first_bad)
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     return float(torch.nn.utils.get_total_norm(tensors))
 
 
-def _spread(batches: Sequence[Batch]) -> list[Batch]:
-    """At most PASSES of the batches, as far apart as they go."""
-    last, count = len(batches) - 1, min(PASSES, len(batches))
-    return [batches[round(i * last / max(1, count - 1))] for i in range(count)]
+def _spread(batches: int) -> list[int]:
+    """At most PASSES of so many batches, as far apart as they go."""
+    last, count = batches - 1, min(PASSES, batches)
+    return [round(i * last / max(1, count - 1)) for i in range(count)]

@@ -22,12 +22,13 @@ from rnnguard.inspection.sites import (
     find_sites,
     unregistered_calls,
 )
-from rnnguard.inspection.written import WrittenSite, rounds, written_sites
+from rnnguard.inspection.written import WrittenSite, relative, rounds, written_sites
 from rnnguard.measurements import Measurement, Provenance, RunReadings, Site, SiteReadings
 from rnnguard.probe.backflow import Backflow
 from rnnguard.probe.carryover import carried_over, kept_tensors
 from rnnguard.probe.gradients import Gradients, gradient_norms
 from rnnguard.probe.layer_ratio import layer_ratio
+from rnnguard.probe.nonfinite import first_nonfinite
 from rnnguard.probe.readings import Memory, measure_site, memory_needed
 from rnnguard.probe.snapshot import untouched
 from rnnguard.probe.subject import Subject
@@ -64,14 +65,26 @@ def measure(subject: Subject) -> Look:
         sites, graph_kept = _with_carryover(subject, recording, sites)
         torch.manual_seed(subject.seed)
         gradients = gradient_norms(model, batches, subject.seed)
+        first_bad = _first_bad(subject, gradients.first_bad)
     run = run_readings(subject, gradients, time.perf_counter() - started)
-    run = run.model_copy(update={"graph_kept": graph_kept})
+    run = run.model_copy(update={"graph_kept": graph_kept, **first_bad})
     ratios = {site.record.path: layer_ratio(site, gradients.by_parameter) for site in native}
     sites = [s.model_copy(update={"layer_ratio": ratios.get(s.path)}) for s in sites]
     signature = tuple(_form(tensor) for tensor in tensors_in(recording.result))
     measurement = Measurement(run=run, sites=tuple(sites))
     found: tuple[FoundSite | WrittenSite, ...] = (*native, *(site for site, _ in written))
     return Look(measurement, found, tuple(rounds(loops)), unregistered, signature)
+
+
+def _first_bad(subject: Subject, batch: int | None) -> dict[str, Any]:
+    """The first value of that batch that is not finite, in words and by the user's line."""
+    if batch is None:
+        return {}
+    found = first_nonfinite(subject, batch)
+    if found is None:
+        return {"first_nonfinite": f"batch {batch}, not found again when run once more"}
+    places = {} if found.location is None else {"nonfinite": str(relative(found.location))}
+    return {"first_nonfinite": str(found), "places": places}
 
 
 def unmeasured(subject: Subject) -> Look:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rnnguard.inspection.recording import tensors_in
 from rnnguard.probe.seen_call import SeenCall, is_finite
+from rnnguard.probe.subject import Subject
 from rnnguard.probe.watch import Watch
 from rnnguard.records import Record
 
@@ -24,16 +25,16 @@ Phase = Literal["input", "parameter", "forward", "backward"]
 class FirstNonfinite(Record):
     """The first value that was not finite: when, in what, and where it was made.
 
-    `step` and `batch` count from 0. `phase` says what was not finite: an input of the batch
-    (`path` is its name), a parameter (`path` its name; after the optimizer's step), a value
-    of the forward pass or a gradient (`path` is the module, `loss` in a loss of torch's own,
+    `step` and `batch` count from 0; no step where none was taken. `phase` says what was not
+    finite: an input of the batch (`path` is its name), a parameter (`path` its name; after the
+    optimizer's step), a value of the forward pass or a gradient (`path` is the module, `loss` in a loss of torch's own,
     None in the user's code outside of every module).
     `time` is the step of the sequence, or the call in a loop, counted from 0; for a gradient
     it is the last step in time, hence the first in backward order, that is not finite.
     `parameter` is the first in backward order that gets such a gradient.
     """
 
-    step: int
+    step: int | None
     batch: int
     phase: Phase
     path: str | None = None
@@ -44,7 +45,10 @@ class FirstNonfinite(Record):
 
     def __str__(self) -> str:
         what = {"input": "the input", "parameter": "the parameter"}.get(self.phase, self.phase)
-        parts = [f"step {self.step}, batch {self.batch}: {what}"]
+        moment = (
+            f"batch {self.batch}" if self.step is None else f"step {self.step}, batch {self.batch}"
+        )
+        parts = [f"{moment}: {what}"]
         if self.path is not None:
             parts.append(f" `{self.path or '(model)'}`")
         if self.operation is not None:
@@ -67,7 +71,7 @@ class Search:
         model: nn.Module,
         inputs: dict[str, Tensor],
         parameters: dict[str, Tensor],
-        step: int,
+        step: int | None,
         batch: int,
     ) -> None:
         self._inputs = {id(tensor): name for name, tensor in inputs.items()}
@@ -159,6 +163,28 @@ class _Backward:
 
 def _all_finite(gradients: Iterable[Tensor | None]) -> bool:
     return all(is_finite(gradient) for gradient in gradients if gradient is not None)
+
+
+def first_nonfinite(subject: Subject, number: int) -> FirstNonfinite | None:
+    """Where a batch of the subject gives the first value that is not finite; in `untouched`.
+
+    None where it cannot be had again, as with dropout that strikes elsewhere.
+    """
+    batches = subject.batches
+    batch = batches.fresh(batches.batches[number])
+    raw = batch.raw if batches.step is not None else batch.args
+    inputs = named_inputs(raw, batch.kwargs, batch.target)
+    named = named_parameters(subject.model, ())
+
+    def loss() -> Tensor:
+        scalar = batches.scalar(batches.forward(subject.model, batch), batch, subject.seed)
+        assert scalar is not None
+        return scalar
+
+    try:
+        return Search(subject.model, inputs, named, None, number).run(loss)
+    except Exception:
+        return None
 
 
 def named_inputs(args: Any, kwargs: Any, target: Any) -> dict[str, Tensor]:
