@@ -27,8 +27,8 @@ class FirstNonfinite(Record):
 
     `step` and `batch` count from 0; no step where none was taken. `phase` says what was not
     finite: an input of the batch (`path` is its name), a parameter (`path` its name; after the
-    optimizer's step), a value of the forward pass or a gradient (`path` is the module, `loss` in a loss of torch's own,
-    None in the user's code outside of every module).
+    optimizer's step), a value of the forward pass or a gradient (`path` is the module, `loss` in
+    a loss of torch's own, None in the user's code outside of every module).
     `time` is the step of the sequence, or the call in a loop, counted from 0; for a gradient
     it is the last step in time, hence the first in backward order, that is not finite.
     `parameter` is the first in backward order that gets such a gradient.
