@@ -140,7 +140,12 @@ def codes(found: tuple[Finding, ...]) -> list[str]:
         ([], {"level": "at risk: fading", "memory_needed": 10}),
         (
             ["RG408"],
-            {"level": "at risk: expansive", "expansive": True, "growth_over_window": 1.2},
+            {
+                "level": "at risk: expansive",
+                "expansive": True,
+                "growth": 3.1,
+                "growth_over_window": 1.2,
+            },
         ),
         ([], {"level": "at risk: expansive"}),  # by spikes, of which RG410 tells
     ],
