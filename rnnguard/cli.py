@@ -1,4 +1,4 @@
-"""The command line: audit, demo, rule, rules check, version.
+"""The command line: audit, demo, rule, remedy, config, rules check, version.
 
 Exit codes: 0 clean, 1 findings at or above --fail-on, 2 could not audit (any crash included).
 """
@@ -6,64 +6,22 @@ Exit codes: 0 clean, 1 findings at or above --fail-on, 2 could not audit (any cr
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import rnnguard
+from rnnguard import options
 from rnnguard.errors import RNNGuardError, RulesError
 from rnnguard.files import write_text
 
 if TYPE_CHECKING:
     from rnnguard.report import Report
-
-Format = Literal["text", "json", "html"]
-RuleFormat = Literal["text", "json"]
-
-
-def _target(words: str) -> Any:
-    return typer.Option(metavar="TARGET", help=words)
-
-
-# The options of `audit`, in the order of its help.
-Data = Annotated[str | None, _target("Batches of (inputs, target), such as a DataLoader.")]
-Inputs = Annotated[str | None, _target("Inputs alone: a tensor, a tuple or a dict of arguments.")]
-Loss = Annotated[str | None, _target("loss(output, target), such as 'torch.nn:MSELoss()'.")]
-Step = Annotated[str | None, _target("step(model, batch) -> loss, for what --loss cannot say.")]
-Optimizer = Annotated[str | None, _target("An optimizer, a function of the model, or a class.")]
-Memory = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps the task needs.")]
-Skip = Annotated[list[str] | None, typer.Option(metavar="SITE", help="Leave a site out.")]
-Rules = Annotated[
-    Path | None, typer.Option(exists=True, file_okay=False, metavar="DIR", help="More rule files.")
-]
-Select = Annotated[
-    list[str] | None, typer.Option(metavar="RULE", help="Only these: RG401, RG4 or a name.")
-]
-Ignore = Annotated[list[str] | None, typer.Option(metavar="RULE", help="All but these.")]
-FailOn = Annotated[
-    Literal["error", "warning", "info"],
-    typer.Option(help="Lowest severity that makes exit code 1."),
-]
-ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 in spite of findings.")]
-OutputFormat = Annotated[
-    Format | None, typer.Option(help="By default as the suffix of --output says, else text.")
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Where to write, if not to stdout."),
-]
-Seed = Annotated[int, typer.Option(metavar="N", help="Seeds all that is drawn, the model too.")]
-AppDir = Annotated[
-    Path, typer.Option(exists=True, file_okay=False, metavar="DIR", help="Where modules are found.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Text without the readings.")]
 
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
 app = typer.Typer(
@@ -85,27 +43,30 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-@app.command(no_args_is_help=True)
+@app.command()
 def audit(
-    target: Annotated[str, typer.Argument(metavar="TARGET", show_default=False)],
-    data: Data = None,
-    inputs: Inputs = None,
-    loss: Loss = None,
-    step: Step = None,
-    optimizer: Optimizer = None,
-    memory: Memory = None,
-    skip: Skip = None,
-    rules: Rules = None,
-    select: Select = None,
-    ignore: Ignore = None,
-    fail_on: FailOn = "error",
-    exit_zero: ExitZero = False,
-    output_format: OutputFormat = None,
-    output: Output = None,
-    seed: Seed = 0,
-    app_dir: AppDir = Path(),
-    debug: Debug = False,
-    quiet: Quiet = False,
+    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", show_default=False)] = None,
+    data: options.Data = None,
+    inputs: options.Inputs = None,
+    loss: options.Loss = None,
+    step: options.Step = None,
+    optimizer: options.Optimizer = None,
+    memory: options.Memory = None,
+    skip: options.Skip = None,
+    rules: options.Rules = None,
+    select: options.Select = None,
+    extend_select: options.ExtendSelect = None,
+    ignore: options.Ignore = None,
+    config: options.Config = None,
+    isolated: options.Isolated = False,
+    fail_on: options.FailOn = None,
+    exit_zero: options.ExitZero = False,
+    output_format: options.OutputFormat = None,
+    output: options.Output = None,
+    seed: options.OptionalSeed = None,
+    app_dir: options.AppDir = None,
+    debug: options.Debug = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find what keeps a model from learning; changes no file and no weight.
 
@@ -113,26 +74,38 @@ def audit(
     that gives one, (model, inputs), (model, optimizer), (model, optimizer, inputs), or a dict of
     stabilize's arguments. Its code is run, so audit only what you trust.
 
+    What is not said here is taken from [tool.rnnguard] in pyproject.toml, or from rnnguard.toml,
+    in this folder or the nearest one above; TARGET too.
+
     Exit codes: 0 clean, 1 findings at or above --fail-on, 2 could not audit.
     """
-    named = {"data": data, "inputs": inputs, "loss": loss, "step": step, "optimizer": optimizer}
-    options = {"memory": memory, "skip": tuple(skip or ()), "rules": [rules] if rules else None}
+    said = {
+        "target": target, "data": data, "inputs": inputs, "loss": loss, "step": step,
+        "optimizer": optimizer, "memory": memory, "seed": seed, "rules": rules,
+        "select": _split(select), "extend_select": _split(extend_select),
+        "ignore": _split(ignore), "fail_on": fail_on,
+    }  # fmt: skip
 
     def work() -> int:
+        from rnnguard.arguments import arguments_of
+        from rnnguard.settings_file import effective
+
+        settings = effective(said, file=config, isolated=isolated)
         # The report alone belongs on stdout; what the user's code prints does not.
         with contextlib.redirect_stdout(sys.stderr):
-            arguments = _arguments(target, named, app_dir, seed)
-            arguments |= {name: value for name, value in options.items() if value}
-            report = rnnguard.audit(**arguments, verbose=False)
-            report = report.only(_split(select), _split(ignore), rules=[rules] if rules else [])
+            arguments = arguments_of(settings, app_dir)
+            more = {"skip": tuple(skip)} if skip else {}
+            report = rnnguard.audit(**arguments | more, verbose=False)
         _deliver(report, output_format or _by_suffix(output), output, quiet)
-        return 1 if report.exceeds(fail_on) and not exit_zero else 0
+        return 1 if report.exceeds(settings.fail_on or "error") and not exit_zero else 0
 
     _answer(work, debug)
 
 
 @app.command()
-def demo(seed: Seed = 0, output: Output = None, debug: Debug = False) -> None:
+def demo(
+    seed: options.Seed = 0, output: options.Output = None, debug: options.Debug = False
+) -> None:
     """Audit, stabilize and train a model on handwritten digits; writes rnnguard-demo.html."""
 
     def work() -> int:
@@ -146,25 +119,60 @@ def demo(seed: Seed = 0, output: Output = None, debug: Debug = False) -> None:
 
 @app.command()
 def rule(
-    name: Annotated[str | None, typer.Argument(metavar="[CODE|NAME]", show_default=False)] = None,
-    every: Annotated[bool, typer.Option("--all", help="Explain all rules.")] = False,
-    output_format: Annotated[RuleFormat, typer.Option(help="How to write.")] = "text",
-    debug: Debug = False,
+    name: options.Explained = None,
+    every: options.Every = False,
+    output_format: options.ExplainedFormat = "text",
+    config: options.Config = None,
+    isolated: options.Isolated = False,
+    debug: options.Debug = False,
 ) -> None:
-    """Explain a rule, or list them all."""
+    """Explain a rule, or list them all, as they are in force here."""
+    _explain("rules", name, every, output_format, config, isolated, debug)
+
+
+@app.command()
+def remedy(
+    name: options.Named = None,
+    every: options.Every = False,
+    output_format: options.ExplainedFormat = "text",
+    config: options.Config = None,
+    isolated: options.Isolated = False,
+    debug: options.Debug = False,
+) -> None:
+    """Explain a remedy, or list them all, with the scenarios that apply it."""
+    _explain("remedies", name, every, output_format, config, isolated, debug)
+
+
+def _explain(
+    what: Literal["rules", "remedies"], name: str | None, every: bool,
+    output_format: options.RuleFormat, config: Path | None, isolated: bool, debug: bool,
+) -> None:  # fmt: skip
+    def work() -> int:
+        from rnnguard.decision.rulebook import load_rulebook
+        from rnnguard.report.explain import remedies_told, rules_told
+        from rnnguard.settings_file import effective
+
+        told = rules_told if what == "rules" else remedies_told
+        book = load_rulebook([effective(file=config, isolated=isolated)])
+        _print(told(book, name, every, output_format))
+        return 0
+
+    _answer(work, debug)
+
+
+@app.command("config")
+def settings_in_force(
+    config: options.Config = None, isolated: options.Isolated = False, debug: options.Debug = False
+) -> None:
+    """Print the settings in force, and where each of them was made."""
 
     def work() -> int:
         from rnnguard.decision.rulebook import load_rulebook
-        from rnnguard.report.words import rule_data, rule_page
+        from rnnguard.settings_file import effective, told
 
-        book = load_rulebook()
-        shown = [book.rule(name)] if name else list(book.rules)
-        if output_format == "json":
-            _print(json.dumps([rule_data(r) for r in shown], indent=2))
-        elif name or every:
-            _print("\n\n".join(map(rule_page, shown)))
-        else:
-            _print("\n".join(f"{r.code}  {r.severity:7}  {r.fix:9}  {r.name}" for r in shown))
+        settings = effective(file=config, isolated=isolated)
+        load_rulebook([settings])  # for what is said of a wrong word
+        _print(told(settings))
         return 0
 
     _answer(work, debug)
@@ -173,17 +181,28 @@ def rule(
 @rules_app.command()
 def check(
     folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", show_default=False)] = None,
-    debug: Debug = False,
+    debug: options.Debug = False,
 ) -> None:
-    """Check the built-in rule files, and those in DIR on top of them; exit code 1 if wrong."""
+    """Check the built-in rule files, and those in DIR on top of them; exit code 1 if wrong.
+
+    Wrong are rows that cannot be read, never match, or name what does not exist. Rows of one
+    priority that meet, and situations without a row, are warnings.
+    """
 
     def work() -> int:
         from rnnguard.decision.rulebook import load_rulebook
+        from rnnguard.decision.tablecheck import problems
+        from rnnguard.remedies import REMEDIES
 
         try:
             book = load_rulebook([folder] if folder else [])
         except RulesError as error:
             _print(str(error))
+            return 1
+        found = problems(book, [remedy.name for remedy in REMEDIES])
+        for problem in found:
+            _print(str(problem))
+        if any(problem.severity == "error" for problem in found):
             return 1
         _print(f"{len(book.rules)} rules and {len(book.scenarios)} scenarios are in order.")
         return 0
@@ -233,40 +252,18 @@ def _sentence(error: BaseException) -> str:
     return f"{kind}{origin(error)}: {said or 'no message'} (--debug shows the traceback)"
 
 
-def _arguments(
-    target: str, named: dict[str, str | None], app_dir: Path, seed: int
-) -> dict[str, Any]:
-    """The arguments of rnnguard.audit that the targets of the command line stand for."""
-    import random
-
-    import numpy
-    import torch
-
-    from rnnguard import targets
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    arguments = {"seed": seed} | targets.audit_arguments(target, app_dir)
-    for name, text in named.items():
-        if text and name == "optimizer":
-            arguments[name] = targets.load_optimizer(text, app_dir, arguments["model"])
-        elif text:
-            makes = name in ("data", "inputs")
-            arguments[name] = targets.load_value(text, app_dir, from_function=makes)
-    return arguments
-
-
-def _split(names: list[str] | None) -> list[str]:
+def _split(names: Sequence[str] | None) -> list[str]:
     return [name for listed in names or () for name in listed.split(",") if name]
 
 
-def _by_suffix(output: Path | None) -> Format:
-    known: dict[str, Format] = {".json": "json", ".html": "html"}
+def _by_suffix(output: Path | None) -> options.Format:
+    known: dict[str, options.Format] = {".json": "json", ".html": "html"}
     return known.get(output.suffix, "text") if output else "text"
 
 
-def _deliver(report: Report, output_format: Format, output: Path | None, quiet: bool) -> None:
+def _deliver(
+    report: Report, output_format: options.Format, output: Path | None, quiet: bool
+) -> None:
     if output_format == "text":
         from rich.console import Console
 

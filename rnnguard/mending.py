@@ -42,7 +42,7 @@ class Mending:
 
     def run(self) -> None:
         """Sites first, since the clip's dose rests on the gradients that they then give."""
-        self._remember_provenance()
+        self._remember()
         for found in self.look.sites:
             if found.record.path not in self.skip:
                 self._mend_site(found.record.path)
@@ -50,7 +50,7 @@ class Mending:
 
     def follow(self, changes: list[Change], refusals: list[Refusal]) -> None:
         """Does what another process decided, and looks at what that gives on this one's data."""
-        self._remember_provenance()
+        self._remember()
         self.changes, self.refusals = list(changes), list(refusals)
         applied = [change for change in changes if change.outcome == "applied"]
         plan = Plan(changes=tuple(sorted(applied, key=lambda c: TIERS.index(c.tier))))
@@ -67,11 +67,11 @@ class Mending:
         if any(change.tier == "step" for change in applied):
             self._note_guard()
 
-    def _remember_provenance(self) -> None:
-        """What is known of the weights before any change, which a remedy must not alter."""
+    def _remember(self) -> None:
+        """What is known of weights and code before any change, which a remedy does not alter."""
         sites = self.look.measurement.sites
         known = {site.path: site.provenance for site in sites if site.provenance is not None}
-        self.subject = replace(self.subject, provenance=known)
+        self.subject = replace(self.subject, provenance=known, usage=self.look.usage)
 
     def _mend_site(self, path: str) -> None:
         self.refusals += _left_alone(self.look.measurement[path], self.tiers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,9 +10,9 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
-from rnnguard.decision.diagnosis import findings_of
-from rnnguard.decision.rulebook import Rulebook, load_rulebook
+from rnnguard.decision.rulebook import Rulebook
 from rnnguard.errors import refuse
+from rnnguard.findings import Rules, findings_told, rulebook_of
 from rnnguard.inspection.batches import Batches, Loss, Step
 from rnnguard.inspection.preflight import (
     optimizer_refusals,
@@ -26,26 +25,22 @@ from rnnguard.inspection.sites import left_alone
 from rnnguard.mending import Mending, diagnosed
 from rnnguard.probe.measurement import Look, measure, unmeasured
 from rnnguard.probe.subject import Subject
-from rnnguard.probe.trial import run_trial
-from rnnguard.probe.trial_readings import with_trial
+from rnnguard.probe.training_step import TrainStep
 from rnnguard.ranks import alike, note, rank, told
-from rnnguard.records import TIERS, Finding, Plan, Tier
-from rnnguard.replay import REMEDY, read_plan, replay, replay_refusals
+from rnnguard.records import TIERS, Plan, Tier
+from rnnguard.replay import read_plan, replay, replay_refusals
 from rnnguard.report.notes import (
     ORDER,
     about_growth,
-    audit_findings,
     notes_of,
     replay_notes,
 )
 from rnnguard.report.report import Report
-from rnnguard.request import Given, Request, given, looked_at, without
+from rnnguard.request import Given, Request, given, looked_at, tried, watched, without
 from rnnguard.rewrite.edit import Edit
 from rnnguard.rewrite.growth import Growth, growth_of
-from rnnguard.rewrite.stepguard import engagement_of, guard_of
+from rnnguard.rewrite.stepguard import engagement_of
 from rnnguard.rewrite.transaction import transaction
-
-Rules = Sequence[str | Path] | str | Path | None
 
 
 def audit(
@@ -58,6 +53,7 @@ def audit(
     step: Step | None = None,
     memory: int | None = None,
     trial: int = 0,
+    train_step: TrainStep | None = None,
     rules: Rules = None,
     skip: Iterable[str] = (),
     seed: int = 0,
@@ -72,24 +68,27 @@ def audit(
     skip: paths of sites, or of what holds them, that are not reported. Raises RefusedError
     with all reasons when the model cannot be run.
     """
-    rulebook, asked = _rulebook(rules), given(model, optimizer)
+    rulebook, asked = rulebook_of(rules), given(model, optimizer)
     skip = left_alone(asked.model, skip)
     held = optimizer_refusals(asked.model, asked.optimizer) if asked.optimizer is not None else ()
     refuse([*option_refusals(memory, None), *asked.audit_refusals(), *run_refusals(asked.model),
             *skip_refusals(asked.model, skip), *held])  # fmt: skip
     request = Request(data, inputs, loss, step, memory, None, seed)
     subject = request.subject(asked)
-    look = without(diagnosed(_tried(measure(subject), subject, trial)), skip)
-    findings = _findings(rulebook, look)
+    look = tried(measure(subject), subject, trial)
+    look, seen = watched(look, subject, optimizer, train_step)
+    look = without(diagnosed(look), skip)
+    told = findings_told(rulebook, asked.model, look)
     report = Report(
         sites=tuple(site.record for site in look.sites),
         before=look.measurement,
         after=None,
-        findings=findings,
-        remaining=findings,
+        findings=told.findings,
+        remaining=told.remaining,
+        suppressed=told.suppressed,
         changes=(),
         plan=Plan(),
-        notes=(*notes_of(look, subject), *asked.notes),
+        notes=(*notes_of(look, subject), *seen, *asked.notes),
         live=partial(engagement_of, asked.optimizer),
     )
     return _shown(report, verbose)
@@ -199,7 +198,7 @@ def _stabilized(
     asked = given(model, optimizer)
     tiers = cast("list[Tier]", [tiers] if isinstance(tiers, str) else list(tiers))
     with alike():
-        rulebook, skip = _rulebook(rules), left_alone(asked.model, skip)
+        rulebook, skip = rulebook_of(rules), left_alone(asked.model, skip)
         options = option_refusals(request.memory, request.total_steps)
         refuse([*tier_refusals(tiers), *options, *asked.refusals(tiers),
                 *run_refusals(asked.model), *skip_refusals(asked.model, skip),
@@ -230,12 +229,14 @@ def _report(
     ordered = sorted(applied, key=lambda change: TIERS.index(change.tier))
     planned = [change.model_copy(update={"outcome": "planned"}) for change in ordered]
     after = mending.look if mending.changes else before
+    chosen = findings_told(rulebook, asked.model, before, after)
     return Report(
         sites=tuple(site.record for site in before.sites),
         before=before.measurement,
         after=after.measurement if mending.changes else None,
-        findings=_findings(rulebook, before),
-        remaining=_findings(rulebook, after),
+        findings=chosen.findings,
+        remaining=chosen.remaining,
+        suppressed=chosen.suppressed,
         changes=tuple(mending.changes if keep else planned),
         plan=Plan(changes=tuple(planned)),
         refusals=tuple(mending.refusals),
@@ -250,27 +251,6 @@ def _report(
         undo=edit.undo_ if keep and mending.changes else None,
         live=partial(engagement_of, asked.optimizer),
     )
-
-
-def _findings(rulebook: Rulebook, look: Look) -> tuple[Finding, ...]:
-    return findings_of(rulebook, look.measurement, audit_findings(rulebook, look))
-
-
-def _rulebook(rules: Rules) -> Rulebook:
-    folders = [rules] if isinstance(rules, str | Path) else list(rules or ())
-    rulebook = load_rulebook(folders)
-    rulebook.check_remedies(list(REMEDY))
-    return rulebook
-
-
-def _tried(look: Look, subject: Subject, steps: int) -> Look:
-    """The look with the readings of a trial, if one is asked for."""
-    if not steps:
-        return look
-    guard = guard_of(subject.optimizer) if subject.optimizer is not None else None
-    clip = guard.settings.max_norm if guard is not None else None
-    run = with_trial(look.measurement.run, run_trial(subject, steps, clip=clip))
-    return replace(look, measurement=look.measurement.model_copy(update={"run": run}))
 
 
 def _shown(report: Report, verbose: bool | None) -> Report:

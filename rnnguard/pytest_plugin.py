@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -56,18 +57,31 @@ def rnn_audit(
 ) -> Callable[..., Report]:
     """`rnn_audit(model, **audit_options)` gives a report; `report.assert_clean()` fails the test.
 
-    Takes the arguments of rnnguard.audit.
+    Takes the arguments of rnnguard.audit. What [tool.rnnguard] in the pyproject.toml of the root
+    (or a rnnguard.toml) says of rules holds here too.
     """
 
     def audited(model: Any, *args: Any, **options: Any) -> Report:
         import rnnguard
 
-        report = rnnguard.audit(model, *args, **(rnnguard_config | options))
+        options = rnnguard_config | options
+        if rules := _rules(request.config, options.get("rules")):
+            options["rules"] = rules
+        report = rnnguard.audit(model, *args, **options)
         request.node.user_properties.append((PROPERTY, json.dumps(_noted(report))))
         _let_pytest_fail(report, request.config)
         return report
 
     return audited
+
+
+def _rules(config: pytest.Config, given: Any) -> list[Any]:
+    """The file of settings in the root, if there is one, and what the test itself gives."""
+    from rnnguard.settings_file import find
+
+    file = find(config.rootpath, above=False)
+    more = [] if given is None else [given] if isinstance(given, str | Path) else list(given)
+    return [*([file] if file else []), *more]
 
 
 def _let_pytest_fail(report: Report, config: pytest.Config) -> None:

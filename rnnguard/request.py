@@ -8,15 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from rnnguard.errors import Refusal, refuse
+from rnnguard.errors import Refusal, RefusedError, refuse
 from rnnguard.inspection.batches import Batches, Loss, Step, given_batches
 from rnnguard.inspection.preflight import optimizer_refusals, rewrite_refusals
+from rnnguard.inspection.source import source_readings
 from rnnguard.inspection.wrappers import Opened, opened, stepping
 from rnnguard.mending import diagnosed
+from rnnguard.probe.batch_axis import batch_size_of
 from rnnguard.probe.measurement import Look, measure, unmeasured
 from rnnguard.probe.site_demand import with_demands
 from rnnguard.probe.snapshot import untouched
 from rnnguard.probe.subject import Subject, check_runs, guessed_batches
+from rnnguard.probe.training_step import TrainStep, watch_steps
+from rnnguard.probe.trial import run_trial
+from rnnguard.probe.trial_readings import with_trial
 from rnnguard.ranks import on_its_own
 from rnnguard.records import Tier
 from rnnguard.report.notes import NO_SITE
@@ -106,7 +111,9 @@ class Request:
             if batches is None:
                 batches = guessed_batches(model, self.memory, self.seed)
                 refuse([] if batches.batches else [NO_SITE])
-            subject = check_runs(Subject(model, optimizer, batches, *task, guarded))
+            size = batch_size_of(self.data)
+            subject = Subject(model, optimizer, batches, *task, guarded, batch_size=size)
+            subject = check_runs(subject)
         return with_demands(subject) if self.memory is None else subject
 
 
@@ -117,6 +124,35 @@ def looked_at(subject: Subject) -> Look:
     look = diagnosed(measure(subject))
     refuse([*_no_site(look), *_made_in_forward(subject.model, look)])
     return look
+
+
+def tried(look: Look, subject: Subject, steps: int) -> Look:
+    """The look with the readings of a trial, if one is asked for."""
+    if not steps:
+        return look
+    guard = guard_of(subject.optimizer) if subject.optimizer is not None else None
+    clip = guard.settings.max_norm if guard is not None else None
+    run = with_trial(look.measurement.run, run_trial(subject, steps, clip=clip))
+    return replace(look, measurement=look.measurement.model_copy(update={"run": run}))
+
+
+def watched(
+    look: Look, subject: Subject, optimizer: Any, train_step: TrainStep | None
+) -> tuple[Look, tuple[str, ...]]:
+    """The look with what the user's own training step shows, and a note where it shows less."""
+    if train_step is None:
+        return look, ()
+    if optimizer is None:
+        cure = "Give the optimizer that the training step takes."
+        raise RefusedError.of("RG912", "train_step", "there is no optimizer to step.", cure)
+    seen = watch_steps(subject, optimizer, train_step)
+    source = source_readings(subject.model, train_step=train_step)
+    found = source | seen.readings
+    run = look.measurement.run
+    places = run.places | source["places"] | seen.readings.get("places", {})
+    run = run.model_copy(update=found | {"places": places})
+    notes = () if seen.words is None else (seen.words,)
+    return replace(look, measurement=look.measurement.model_copy(update={"run": run})), notes
 
 
 def without(look: Look, skip: frozenset[str]) -> Look:

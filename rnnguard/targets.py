@@ -26,8 +26,8 @@ from rnnguard.errors import RNNGuardError
 
 FACTORIES = ("build_model", "make_model", "create_model")
 AUDIT_ARGUMENTS = (
-    "model", "optimizer", "data", "inputs", "loss", "step", "memory", "trial", "rules", "skip",
-    "seed",
+    "model", "optimizer", "data", "inputs", "loss", "step", "memory", "trial", "train_step",
+    "rules", "skip", "seed",
 )  # fmt: skip
 # A factory may serve stabilize as well; an audit from the command line has no use for these.
 STABILIZE_ONLY = ("total_steps", "tiers", "verbose")

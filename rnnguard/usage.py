@@ -55,8 +55,10 @@ class RunUsage(Record):
 
     From watching real training steps, of which there were `watched_steps`: `clip_order`,
     `clip_scaled` (the clip met gradients still multiplied by the loss scale), `clip_norm` (its
-    threshold), `clip_use`, `nonfinite_passed` (a gradient that was not finite reached the
-    weights), `fp16_unscaled` (half precision without a loss scale).
+    threshold), `clip_use`, `cleared_before_step` (gradients are cleared between backward and
+    step), `never_cleared` (each backward adds to the gradients of all steps before),
+    `nonfinite_passed` (a gradient that was not finite reached the weights), `fp16_unscaled`
+    (half precision without a loss scale).
     """
 
     places: Places = Field(default={})
@@ -72,5 +74,7 @@ class RunUsage(Record):
     clip_scaled: bool = False
     clip_norm: float | None = None
     clip_use: ClipUse = "none"
+    cleared_before_step: bool = False
+    never_cleared: bool = False
     nonfinite_passed: bool | None = None
     fp16_unscaled: bool | None = None

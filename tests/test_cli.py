@@ -17,6 +17,8 @@ from test_report import BY_HAND, made_up_report, stabilized_report
 
 import rnnguard
 from rnnguard.cli import main
+from rnnguard.decision.rulebook import load_rulebook
+from rnnguard.decision.selection import chosen
 from rnnguard.errors import Refusal, RefusedError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +58,9 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def audit(**arguments: Any) -> rnnguard.Report:
         print("hello from forward")
         seen.update(arguments)
-        return made_up_report()
+        settings = load_rulebook(arguments["rules"]).settings
+        told = chosen(settings, made_up_report().findings)
+        return made_up_report(findings=told, remaining=told)
 
     monkeypatch.setitem(vars(rnnguard), "audit", audit)
     return seen
@@ -90,6 +94,7 @@ def test_stdout_carries_the_report_only(capsys: pytest.CaptureFixture[str]) -> N
         (["--ignore", "RG401"], 0),
         (["--ignore", "RG401", "--fail-on", "warning"], 1),
         (["--ignore", "RG4,RG2", "--fail-on", "info"], 0),
+        (["--ignore", "RG4", "--extend-select", "RG401"], 1),
         (["--select", "RG2"], 0),
         (["--select", "RG2", "--fail-on", "warning"], 1),
         (["--select", "nonsense"], 2),
@@ -97,6 +102,8 @@ def test_stdout_carries_the_report_only(capsys: pytest.CaptureFixture[str]) -> N
         (["--memory", "0"], 2),
         (["--memory", "many"], 2),
         (["--rules", "nowhere"], 2),
+        (["--config", "nowhere"], 2),
+        (["--config", "nets.py", "--isolated"], 2),
         (["--no-such-option"], 2),
     ],
 )
@@ -118,11 +125,13 @@ def test_a_wrong_use_is_two(arguments: list[str]) -> None:
     assert main(arguments) == 2
 
 
-def test_targets_and_options_reach_the_audit(audited: dict[str, Any]) -> None:
+def test_targets_and_options_reach_the_audit(nets: Path, audited: dict[str, Any]) -> None:
+    (nets / "team").mkdir()
+    (nets / "team" / "rules.toml").write_text("schema = 1\n")
     main([
         "audit", "nets:build_model(16)", "--data", "nets:batches", "--inputs", "nets:inputs",
         "--loss", "torch.nn:MSELoss()", "--step", "nets:step", "--optimizer", "nets:make_optimizer",
-        "--memory", "60", "--skip", "a", "--skip", "b", "--rules", ".", "--seed", "3",
+        "--memory", "60", "--skip", "a", "--skip", "b", "--rules", "team", "--seed", "3",
     ])  # fmt: skip
     assert audited["model"].hidden_size == 16
     assert len(audited["data"]) == 1
@@ -130,10 +139,10 @@ def test_targets_and_options_reach_the_audit(audited: dict[str, Any]) -> None:
     assert type(audited["loss"]).__name__ == "MSELoss"
     assert audited["step"].__name__ == "step"
     assert type(audited["optimizer"]).__name__ == "Adam"
-    rest = {name: audited[name] for name in ("memory", "skip", "rules", "seed", "verbose")}
-    assert rest == {
-        "memory": 60, "skip": ("a", "b"), "rules": [Path()], "seed": 3, "verbose": False,
-    }  # fmt: skip
+    rest = {name: audited[name] for name in ("memory", "skip", "seed", "verbose")}
+    assert rest == {"memory": 60, "skip": ("a", "b"), "seed": 3, "verbose": False}
+    (settings,) = audited["rules"]
+    assert settings.rules == ("team",)
 
 
 def test_options_win_over_a_factorys_dict(audited: dict[str, Any]) -> None:
@@ -220,8 +229,6 @@ def test_a_rule_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_all_rules_are_listed_and_given_as_data(capsys: pytest.CaptureFixture[str]) -> None:
-    from rnnguard.decision.rulebook import load_rulebook
-
     codes = [rule.code for rule in load_rulebook().rules]
     assert main(["rule"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == codes
@@ -229,6 +236,92 @@ def test_all_rules_are_listed_and_given_as_data(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.count("## What is wrong") == len(codes)
     assert main(["rule", "--all", "--output-format", "json"]) == 0
     assert [row["code"] for row in json.loads(capsys.readouterr().out)] == codes
+
+
+def test_a_remedy_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["remedy", "chrono_bias"]) == 0
+    assert capsys.readouterr().out.startswith("# chrono_bias\n")
+    assert main(["remedy", "chrono_bias", "--output-format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["tier"] == "values"
+    assert main(["remedy", "--all"]) == main(["remedy"]) == 0
+    assert main(["remedy", "chrono"]) == 2
+    assert "RG914" in capsys.readouterr().err
+
+
+SETTINGS = """
+[tool.rnnguard]
+target = "nets:build_model(16)"
+memory = 60
+ignore = ["RG201"]
+[tool.rnnguard.severity]
+RG401 = "warning"
+"""
+
+
+def test_a_file_of_settings_is_honoured(
+    nets: Path, audited: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit"]) == 2
+    assert "no target is named" in capsys.readouterr().err
+    (nets / "pyproject.toml").write_text(SETTINGS)
+    assert main(["audit"]) == 1
+    assert (audited["model"].hidden_size, audited["memory"]) == (16, 60)
+    assert "RG401" in capsys.readouterr().out
+    assert main(["audit", "nets:build_model", "--memory", "9", "--ignore", "RG4"]) == 0
+    assert (audited["model"].hidden_size, audited["memory"]) == (8, 9)
+    # A selection of the command line starts afresh.
+    main(["audit", "--select", "RG2"])
+    assert "RG201 warning" in capsys.readouterr().out
+    assert main(["audit", "--isolated"]) == 2
+    audited.clear()
+    assert main(["audit", "nets:build_model", "--isolated"]) == 1
+    assert "memory" not in audited
+
+
+def test_the_lowest_severity_that_fails_may_stand_in_a_file(
+    nets: Path, audited: dict[str, Any]
+) -> None:
+    (nets / "rnnguard.toml").write_text('ignore = ["RG401"]\nfail-on = "warning"\n')
+    assert main(["audit", "nets:build_model"]) == 1
+    assert main(["audit", "nets:build_model", "--fail-on", "error"]) == 0
+
+
+@pytest.mark.usefixtures("audited")
+def test_what_is_wrong_in_a_file_is_said_with_its_name(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, said in (
+        ("memroy = 3", "`strict.toml`: 'memroy' is not a key; did you mean 'memory'?"),
+        ("memory = 'x'", "`strict.toml memory`: Input should be a valid integer."),
+        ("ignore = ['RG40x']", "`strict.toml ignore`: 'RG40x' is not a known rule;"),
+    ):
+        (nets / "strict.toml").write_text(text)
+        for command in (["audit", "nets:build_model"], ["config"], ["rule"]):
+            assert main([*command, "--config", "strict.toml"]) == 2
+            assert said in capsys.readouterr().err
+    assert main(["audit", "nets:build_model", "--select", "nonsense"]) == 2
+    assert "`command line select`: 'nonsense' is not" in capsys.readouterr().err
+
+
+def test_the_settings_in_force_are_printed(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (nets / "pyproject.toml").write_text(SETTINGS)
+    assert main(["config"]) == 0
+    said = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1:] for line in said.splitlines()}
+    assert lines["memory"] == ["60", "pyproject.toml"]
+    assert lines["seed"] == ["0", "default"]
+    assert main(["config", "--isolated"]) == 0
+    assert "pyproject.toml" not in capsys.readouterr().out
+
+
+def test_rules_are_explained_as_they_are_in_force(
+    nets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (nets / "pyproject.toml").write_text(SETTINGS)
+    main(["rule", "RG401"])
+    assert "\nwarning; fix: values" in capsys.readouterr().out
+    main(["rule", "RG401", "--isolated"])
+    assert "\nerror; fix: values" in capsys.readouterr().out
 
 
 def test_rule_files_are_checked(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,6 +369,15 @@ def test_help_is_there_without_anything_heavy() -> None:
     done = run("-c", code)
     assert done.stdout.endswith("0 []\n")
     assert "audit" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["rule", "config"])
+def test_rules_and_settings_are_told_without_torch(command: str) -> None:
+    code = (
+        f"import sys; from rnnguard.cli import main; code = main(['{command}']);"
+        "print(code, 'torch' in sys.modules)"
+    )
+    assert run("-c", code).stdout.endswith("0 False\n")
 
 
 def test_python_m_rnnguard_gives_the_exit_code() -> None:

@@ -33,11 +33,15 @@ FLOORS = {
     "ranks": 5,
     "request": 5,
     "baking": 5,
+    "settings_file": 5,
+    "findings": 5,
     "pipeline": 6,
     "__init__": 7,
     "__main__": 7,
     "cli": 7,
     "targets": 7,
+    "arguments": 7,
+    "options": 7,
     "pytest_plugin": 7,
     "demo": 7,
     "integrations": 7,
@@ -51,14 +55,18 @@ SIDEWAYS = {
     "remedies": {"nn", "rewrite"},
     "mending": {"replay"},
     "request": {"mending", "ranks", "report"},
+    "findings": {"replay", "report"},
     "__main__": {"__init__", "cli"},
-    "cli": {"__init__", "demo", "targets"},
+    "cli": {"__init__", "arguments", "demo", "options", "targets"},
+    "arguments": {"targets"},
     "targets": {"__init__"},
     "pytest_plugin": {"__init__"},
     "demo": {"__init__"},
     "integrations": {"__init__"},
 }
-TORCH_FREE = {"errors", "files", "records", "usage", "measurements", "decision"}
+TORCH_FREE = {
+    "errors", "files", "records", "usage", "measurements", "decision", "settings_file"
+}  # fmt: skip
 HEAVY = ("torch", "sklearn", "scipy", "numpy", "matplotlib", "rich", "jinja2", "typer")
 
 

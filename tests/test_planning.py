@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,13 +14,13 @@ from rnnguard.decision.conditions import (
     SITE_VOCABULARY,
     TEXTS,
     VOCABULARY,
-    Interval,
     vocabulary_values,
 )
 from rnnguard.decision.planning import SITE_SCOPES, allowed, matching, prescribed, reason
 from rnnguard.decision.rulebook import Rulebook, Scenario, load_rulebook
+from rnnguard.decision.tablecheck import reached
 from rnnguard.measurements import RunReadings, SiteReadings
-from rnnguard.records import TIERS, Change, Dose, Tier
+from rnnguard.records import TIERS, Change, Dose, Record, Tier
 from rnnguard.remedies import REMEDIES
 
 BOOK = load_rulebook()
@@ -151,74 +148,51 @@ def test_only_allowed_tiers_act(
     assert [c.name for c in allowed(row_named(book, "long"), CURES, tiers)] == expected
 
 
-def near(bound: float, whole: bool) -> list[float]:
-    """Values at and around a bound."""
-    step = 1 if whole else max(1e-6, abs(bound) * 1e-3)
-    found = [bound - step, bound, bound + step]
-    return [int(value) for value in found] if whole else found
-
-
-def options(name: str) -> list[Any]:
-    """Values of a reading that lie on either side of every bound that any row draws."""
-    record = SiteReadings if name in SITE_VOCABULARY else RunReadings
-    annotation = record.model_fields[name].annotation
-    whole = annotation is int or int in get_args(annotation)
-    kind = VOCABULARY[name]
-    if kind is bool:
-        return [False, True]
-    if kind is not float:
-        return list(kind)
-    cells = [row.when.cells[name] for row in BOOK.scenarios if name in row.when.cells]
-    bounds = {b for c in cells if isinstance(c, Interval) for b in (c.low, c.high)}
-    return [value for b in sorted(bounds) if math.isfinite(b) for value in near(b, whole)]
-
-
-def readings_for(row: Scenario) -> Iterator[tuple[SiteReadings | None, RunReadings]]:
-    """Readings that meet the row's cells, in all combinations of what its scope asks about."""
-    peers = [other for other in BOOK.scenarios if other.scope == row.scope]
-    names = sorted({name for other in peers for name in other.when.cells})
-    allowed_values = [
-        [v for v in options(name) if name not in row.when.cells or row.when.cells[name].holds(v)]
-        for name in names
-    ]
-    for values in itertools.islice(itertools.product(*allowed_values), 200_000):
-        fields = dict(zip(names, values, strict=True))
-        site = {k: v for k, v in fields.items() if k in SITE_VOCABULARY}
-        run = {k: v for k, v in fields.items() if k in RUN_VOCABULARY}
-        yield None if row.scope == "run" else site_readings(**site), run_readings(**run)
+def optional(record: type[Record]) -> set[str]:
+    """The readings of a record that may not have been taken."""
+    fields = record.model_fields.items()
+    return {name for name, field in fields if type(None) in get_args(field.annotation)}
 
 
 def witness(row: Scenario) -> tuple[SiteReadings | None, RunReadings] | None:
-    """The first readings for which the row is the one that matches."""
-    return next(
-        (pair for pair in readings_for(row) if matching(BOOK, row.scope, *pair) is row), None
-    )
+    """Readings for which the row matches; what its scope does not ask about was not taken."""
+    point = reached(BOOK, row)
+    if point is None:
+        return None
+    site = dict.fromkeys(optional(SiteReadings) & SITE_VOCABULARY.keys()) | point
+    run = dict.fromkeys(optional(RunReadings) & RUN_VOCABULARY.keys()) | point
+    of_run = run_readings(**{k: v for k, v in run.items() if k in RUN_VOCABULARY})
+    if row.scope == "run":
+        return None, of_run
+    return site_readings(**{k: v for k, v in site.items() if k in SITE_VOCABULARY}), of_run
 
 
 @every_row
 def test_every_row_is_reachable(row: Scenario) -> None:
-    assert witness(row) is not None, f"{row.id} is hidden by the rows before it"
+    found = witness(row)
+    assert found is not None, f"{row.id} is hidden by the rows before it"
+    assert matching(BOOK, row.scope, *found) is row
 
 
 @every_row
-def test_every_row_has_its_reason_and_doses(row: Scenario) -> None:
+def test_every_row_has_its_reason_advice_and_doses(row: Scenario) -> None:
     found = witness(row)
     assert found is not None
     site, run = found
     said = reason(row, site, run)
-    assert said.endswith(".") and "{" not in said and "None" not in said
+    advice = row.advice.format_map(vocabulary_values(site, run))
+    assert (said.endswith(".") and not advice) or advice.endswith(".")
+    for text in (said, advice):
+        assert "{" not in text and "None" not in text
     for remedy in allowed(row, REMEDY, TIERS):
         change = prescribed(row, said, remedy, site, run)
         assert change is None or (change.remedy, change.scenario) == (remedy.name, row.id)
 
 
-OPTIONAL = {n for n, f in SiteReadings.model_fields.items() if type(None) in get_args(f.annotation)}
-
-
 @every_row
 def test_a_dose_by_a_reading_that_was_not_taken_is_no_dose(row: Scenario) -> None:
     named = {v for dose in row.dose.values() for v in dose.values() if isinstance(v, str)}
-    for name in named & OPTIONAL:
+    for name in named & optional(SiteReadings):
         assert name in row.when.cells or any(
             prescribed(row, "", remedy, site_readings(**{name: None}), run_readings()) is None
             for remedy in allowed(row, REMEDY, TIERS)
@@ -284,3 +258,61 @@ def test_the_lowest_priority_comes_first(book: Rulebook) -> None:
     rows = [row.model_copy(update={"priority": 5 * (row.id == "long")}) for row in book.scenarios]
     found = matching(book.model_copy(update={"scenarios": tuple(rows)}), "recurrence", site, run)
     assert found is not None and found.id == "any-lstm"
+
+
+def test_the_order_of_the_file_decides_nothing() -> None:
+    """Every row's own case is judged alike by a table that stands upside down."""
+    upside_down = BOOK.model_copy(update={"scenarios": BOOK.scenarios[::-1]})
+    for row in BOOK.scenarios:
+        found = witness(row)
+        assert found is not None
+        for scope in SITE_SCOPES if found[0] is not None else ("run",):
+            assert matching(BOOK, scope, *found) is matching(upside_down, scope, *found)
+
+
+@pytest.mark.parametrize(
+    ("memory", "row"),
+    [
+        (10, "lstm-short"),
+        (11, "lstm-fading-short"),
+        (35, "lstm-fading-short"),
+        (36, "lstm-fading-chrono"),
+        (1000, "lstm-fading-chrono"),
+        (1001, "lstm-very-long"),
+    ],
+)
+def test_the_memory_needed_chooses_the_row(memory: int, row: str) -> None:
+    site = site_readings(level="at risk: fading", memory_needed=memory)
+    found = matching(BOOK, "recurrence", site, run_readings())
+    assert found is not None and found.id == row
+
+
+def test_what_a_short_memory_can_do_without_it_needs_in_half_precision() -> None:
+    site = site_readings(level="at risk: fading", memory_needed=8)
+    found = [
+        matching(BOOK, "recurrence", site, run_readings(precision=p)) for p in ("fp32", "fp16")
+    ]
+    assert [row.id for row in found if row] == ["lstm-short", "fading-fp16-only"]
+
+
+def test_trained_weights_that_are_sick_are_left_alone_with_advice() -> None:
+    for level in ("vanishing", "exploding"):
+        row = matching(BOOK, "recurrence", site_readings(trained=True, level=level), run_readings())
+        assert row is not None and (row.id, row.apply) == ("trained-weights", ()) and row.advice
+    row = matching(BOOK, "recurrence", site_readings(trained=True), run_readings())
+    assert row is not None and (row.id, row.advice) == ("healthy", "")
+
+
+def test_where_a_path_leads_around_values_are_mended_and_structure_is_not() -> None:
+    site = site_readings(
+        cell="rnn_tanh", level="at risk: fading", bypass=True, lag_concentration=1.0
+    )
+    assert applied("recurrence", site) == ("orthogonal",)
+    assert applied("structure", site) == ()
+    assert applied("structure", site.model_copy(update={"bypass": False})) != ()
+
+
+def test_a_switched_off_relu_is_woken_however_short_the_memory() -> None:
+    short = {"cell": "rnn_relu", "level": "vanishing", "memory_needed": 8}
+    assert applied("recurrence", site_readings(**short, dead_units=0.6)) != ()
+    assert applied("recurrence", site_readings(**short, dead_units=0.1)) == ()

@@ -151,6 +151,37 @@ def test_the_config_fixture_gives_default_options(suite: pytest.Pytester) -> Non
     run(suite).assert_outcomes(passed=1)
 
 
+def test_the_settings_of_the_root_are_honoured(suite: pytest.Pytester) -> None:
+    suite.makefile(".toml", pyproject="[tool.rnnguard]\nignore = ['RG401']\n")
+    suite.mkdir("inner").joinpath("test_inner.py").write_text(
+        "import os\nfrom conftest import seen\n"
+        "def test_settings(rnn_audit):\n"
+        "    rnn_audit('mended')\n"
+        "    rnn_audit('mended', rules='team')\n"
+        "    rnn_audit('mended', rules=['team', 'other'])\n"
+        "    rules = [[str(r) for r in options['rules']] for options in seen]\n"
+        "    root = os.path.realpath('pyproject.toml')\n"
+        "    assert rules == [[root], [root, 'team'], [root, 'team', 'other']]\n"
+    )
+    run(suite, "--rootdir", ".", "inner").assert_outcomes(passed=1)
+
+
+def test_a_wrong_setting_of_the_root_is_said(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makefile(".toml", rnnguard="ignore = ['RG9999']\n")
+    pytester.makepyfile("""
+        import torch
+
+        def test_it(rnn_audit):
+            rnn_audit(torch.nn.LSTM(5, 8))
+    """)
+    result = run(pytester)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*rnnguard.toml ignore`: 'RG9999' is not a known rule;*"])
+
+
 def test_the_report_is_the_whole_report(suite: pytest.Pytester) -> None:
     suite.makepyfile("""
         def test_readings(rnn_audit):

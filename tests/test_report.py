@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rnnguard.decision.selection import Suppressed
 from rnnguard.errors import Refusal, RNNGuardError, RulesError
 from rnnguard.measurements import Exponent, Measurement, RunReadings, Site, SiteReadings
 from rnnguard.records import Change, Finding, Level, Plan
@@ -214,6 +215,21 @@ def test_rules_of_an_extra_folder_are_known_when_it_is_given() -> None:
     assert made_up_report().only(ignore=["team-rule"], rules=["team"]).remaining
 
 
+def test_what_comments_hide_is_kept_with_its_reason() -> None:
+    hidden = Suppressed(finding=BY_HAND, reason="as agreed", comment="model.py:12")
+    report = made_up_report(remaining=(), findings=(), suppressed=(hidden,))
+    (row,) = json.loads(report.to_json())["suppressed"]
+    assert (row["code"], row["path"]) == ("RG201", "encoder.lstm")
+    assert (row["reason"], row["comment"]) == ("as agreed", "model.py:12")
+    assert report.only(ignore=["RG401"]).suppressed == (hidden,)
+    assert report.only(ignore=["RG2"]).suppressed == ()
+
+
+@pytest.mark.usefixtures("rulebook")
+def test_the_closest_word_decides() -> None:
+    assert codes(made_up_report().only(["RG201"], ["RG2"]).remaining) == ["RG201"]
+
+
 @pytest.mark.usefixtures("rulebook")
 def test_assert_clean_says_the_whole_view() -> None:
     report = made_up_report()
@@ -248,7 +264,7 @@ def test_json_is_plain_and_deterministic(make: Callable[[], Report]) -> None:
     assert data == make().to_dict()
     assert list(data) == [
         "schema", "rnnguard", "ok", "level", "sites", "before", "after", "findings",
-        "remaining", "changes", "plan", "refusals", "notes",
+        "remaining", "suppressed", "changes", "plan", "refusals", "notes",
     ]  # fmt: skip
     assert data["schema"] == 1
 

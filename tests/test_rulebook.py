@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rnnguard.decision.rulebook import Rulebook, load_rulebook, rules_folder
+from rnnguard.decision.settings import Settings
 from rnnguard.errors import RulesError
 from rnnguard.records import SEVERITIES
 
@@ -249,3 +250,92 @@ def test_built_in_rows_are_sound(built_in: Rulebook) -> None:
         assert rule.stage != "measured" or rule.refs, f"{rule.code} cites nothing"
         for cause in rule.implied_by:
             assert built_in.rule(cause)
+
+
+def settings(folder: Path, text: str) -> Path:
+    """A pyproject.toml with these settings."""
+    file = folder / "pyproject.toml"
+    file.write_text(f"[tool.rnnguard]\n{text}\n", encoding="utf-8")
+    return file
+
+
+def test_one_file_may_hold_both_kinds(tmp_path: Path, built_in: Rulebook) -> None:
+    file = tmp_path / "team.toml"
+    file.write_text(f"schema = 1\n{RULE}{SCENARIO}", encoding="utf-8")
+    for extra in (file, str(file)):
+        book = load_rulebook([extra])
+        assert book.rule("slow").code == "RG790"
+        assert book.scenarios[0].id == "mine"
+        assert len(book.rules) == len(built_in.rules) + 1
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RulesError, match=r"there is no such file. Check the path. \(RG913\)"):
+        load_rulebook([tmp_path / "team.toml"])
+
+
+def test_settings_name_rules_beside_their_file(tmp_path: Path) -> None:
+    written(tmp_path / "mine", "rules.toml", RULE)
+    book = load_rulebook([settings(tmp_path, 'rules = ["mine"]\nignore = ["slow"]')])
+    assert book.rule("slow").code == "RG790"
+    assert book.settings.ignore == ("slow",)
+
+
+def test_thresholds_replace_cells(tmp_path: Path, built_in: Rulebook) -> None:
+    text = """[tool.rnnguard.thresholds]
+        RG107 = { saturation = "> 0.9" }
+        fading-through-time = { memory_needed = "> 30" }"""
+    book = load_rulebook([settings(tmp_path, text)])
+    assert book.rule("RG107").when is not None and built_in.rule("RG107").when is not None
+    saturation = book.rule("RG107").when.cells["saturation"]  # type: ignore[union-attr]
+    assert saturation.holds(0.95) and not saturation.holds(0.85)
+    fading = book.rule("RG407").when
+    assert fading is not None and str(fading.cells["memory_needed"]) == "> 30"
+    # What is not named stays.
+    assert fading.cells["level"] == built_in.rule("RG407").when.cells["level"]  # type: ignore[union-attr]
+    assert [r for r in book.rules if r.code not in ("RG107", "RG407")] == [
+        r for r in built_in.rules if r.code not in ("RG107", "RG407")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            'thresholds = { RG107 = { saturation = "> 0.9", steps = 3 } }',
+            "RG107 has no cell for 'steps'; known: 'saturation'. (RG914)",
+        ),
+        (
+            'thresholds = { saturated-unit = { saturation = "> 0.9" } }',
+            "'saturated-unit' is not a known rule; did you mean 'saturated-units'? (RG914)",
+        ),
+        ('thresholds = { RG001 = { steps = "> 1" } }', "RG001 has no cell for 'steps';"),
+        ('select = ["RG1", "no-cliping"]', "did you mean 'no-clipping'? (RG914)"),
+    ],
+)
+def test_settings_name_what_is_not_there(tmp_path: Path, text: str, said: str) -> None:
+    file = settings(tmp_path, text)
+    with pytest.raises(RulesError) as caught:
+        load_rulebook([file])
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(f"`{file} {text.split()[0]}`: ")
+
+
+def test_a_fixed_severity_neither_rises_nor_falls(tmp_path: Path) -> None:
+    rises = RULE + 'error_when = { steps = "> 9000" }\n'
+    folder = written(tmp_path / "mine", "rules.toml", rises)
+    assert load_rulebook([folder]).rule("slow").error_when is not None
+    fixed = load_rulebook([folder, Settings(severity={"RG79": "info"})]).rule("slow")
+    assert (fixed.severity, fixed.error_when) == ("info", None)
+    # What is off keeps its severity: it is left out when findings are selected.
+    off = load_rulebook([folder, Settings(severity={"slow": "off"})])
+    assert off.rule("slow").error_when is not None
+    assert not off.settings.wants("RG790", "slow")
+
+
+def test_settings_follow_each_other(tmp_path: Path) -> None:
+    file = settings(tmp_path, 'ignore = ["RG4"]\nseverity = { RG5 = "error" }')
+    found = load_rulebook([file, Settings(ignore=("RG2",))]).settings
+    assert found.ignore == ("RG4", "RG2")
+    assert load_rulebook([file]).rule("RG501").severity == "error"
+    assert load_rulebook().settings == Settings()

@@ -18,10 +18,11 @@ from test_report import (
     stabilized_report,
 )
 
+from rnnguard.decision.selection import Suppressed
 from rnnguard.measurements import Measurement
 from rnnguard.records import Finding, Plan
 from rnnguard.report.text import brief, plain
-from rnnguard.report.words import power, rule_page, shape, sparkline
+from rnnguard.report.words import FIXES, power, rule_page, shape, sparkline
 
 AUDIT = """\
 rnnguard {version}   torch 2.13.0   cpu fp32   seed 0   1.8 s
@@ -234,8 +235,19 @@ def test_every_rule_of_the_book_has_a_page() -> None:
 
     for rule in load_rulebook().rules:
         page = rule_page(rule)
-        assert page.startswith(f"# {rule.name} ({rule.code})\n\n{rule.severity}; fix: {rule.fix}\n")
+        first = f"{rule.severity}; fix: {FIXES[rule.fix]}"
+        assert page.startswith(f"# {rule.name} ({rule.code})\n\n{first}\n")
         assert "## What is wrong" in page
+
+
+def test_what_comments_hide_is_counted() -> None:
+    hidden = (Suppressed(finding=BY_HAND, reason="known", comment="model.py:12"),)
+    text = str(made_up_report(suppressed=hidden))
+    assert "2 findings (1 error, 1 warning). 1 suppressed.\n" in text
+    assert "No findings. 1 suppressed." in str(
+        made_up_report(findings=(), remaining=(), suppressed=hidden)
+    )
+    assert "suppressed" not in str(made_up_report())
 
 
 def test_findings_of_every_fix_are_counted() -> None:

@@ -678,7 +678,7 @@ def test_trap_20_batch_first_and_unbatched_input() -> None:
 
 def says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rnnguard.request._no_site", lambda look: [])
-    monkeypatch.setattr("rnnguard.pipeline.audit_findings", lambda *_: [])
+    monkeypatch.setattr("rnnguard.findings.audit_findings", lambda *_: [])
 
 
 @fooled_by(says_nothing)

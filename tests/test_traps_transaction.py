@@ -269,7 +269,7 @@ def test_trap_75_undo_after_training_is_partial_and_says_what_stays() -> None:
 
 def finds_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Facts that are asked of a mark which the guard does not leave."""
-    for place in ("pipeline", "request", "rewrite.edit"):
+    for place in ("request", "rewrite.edit"):
         monkeypatch.setattr(f"rnnguard.{place}.guard_of", lambda optimizer: None)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import string
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 import rnnguard
 from rnnguard.decision.conditions import TEXTS, VOCABULARY, When
-from rnnguard.errors import Refusal, RulesError
+from rnnguard.decision.rulefile import read_table, rows_of
+from rnnguard.decision.settings import Settings, holds_settings, read_settings
+from rnnguard.errors import RulesError
 from rnnguard.records import SCHEMA, Record, Severity, Tier, near_miss
 
 # A remedy's dose under this key is a word of its own and no reading.
@@ -117,10 +118,11 @@ class Scenario(Row):
 
 
 class Rulebook(Record):
-    """All rules and scenarios in force, in their order."""
+    """All rules and scenarios in force, in their order; `settings` say which are heard of."""
 
     rules: tuple[Rule, ...]
     scenarios: tuple[Scenario, ...]
+    settings: Settings = Settings()
 
     def rule(self, code_or_name: str) -> Rule:
         """The rule with this code or name; RulesError with the nearest name otherwise."""
@@ -158,65 +160,81 @@ def rules_folder() -> Path:
     raise RulesError.of("RG913", "rules", f"no rule files in {tried}.", "Install rnnguard again.")
 
 
-def load_rulebook(extra: Sequence[str | Path] = ()) -> Rulebook:
-    """The built-in rules, extended or overridden by the given folders, in that order.
+def load_rulebook(extra: Sequence[str | Path | Settings] = ()) -> Rulebook:
+    """The built-in rules, extended or overridden by what is given, in that order.
 
-    Raises RulesError (RG913) that names file, row and the nearest right word.
+    Takes folders of rule files, single rule files, and settings with what they name: a
+    pyproject.toml, a rnnguard.toml or Settings. Raises RulesError (RG913, RG914) that names file,
+    row and the nearest right word.
     """
+    paths, settings = [rules_folder()], Settings()
+    for item in extra:
+        if isinstance(item, Settings) or (Path(item).is_file() and holds_settings(Path(item))):
+            own = item if isinstance(item, Settings) else read_settings(item)
+            paths += map(Path, own.rules)
+            settings = settings.followed_by(own)
+        else:
+            paths.append(Path(item))
     rules: dict[str, Rule] = {}
     scenarios: dict[str, Scenario] = {}
-    for folder in [rules_folder(), *map(Path, extra)]:
-        found_rules = _read(folder / "rules.toml", "rule", Rule)
-        found_scenarios = _read(folder / "scenarios.toml", "scenario", Scenario)
-        if found_rules is None and found_scenarios is None:
-            cure = "Put rules.toml or scenarios.toml there, or leave the folder out."
-            raise RulesError.of("RG913", str(folder), "the folder holds no rule file.", cure)
-        rules |= {rule.code: rule for rule in found_rules or ()}
-        added = {scenario.id: scenario for scenario in found_scenarios or ()}
+    for path in paths:
+        found_rules, found_scenarios = _rows(path)
+        rules |= {rule.code: rule for rule in found_rules}
+        added = {scenario.id: scenario for scenario in found_scenarios}
         # A user's rows come first, since the first match wins.
         scenarios = added | {k: v for k, v in scenarios.items() if k not in added}
-    return Rulebook(rules=tuple(rules.values()), scenarios=tuple(scenarios.values()))
+    settings.check_known((rule.code, rule.name) for rule in rules.values())
+    book = Rulebook(rules=tuple(rules.values()), scenarios=tuple(scenarios.values()))
+    return _tuned(book, settings)
 
 
-_RowType = TypeVar("_RowType", bound=Row)
+def _tuned(book: Rulebook, settings: Settings) -> Rulebook:
+    """The rules with the thresholds and severities that the settings fix."""
+    cells = {_row(book, word, settings).code: when for word, when in settings.thresholds.items()}
+    rules = []
+    for rule in book.rules:
+        if rule.code in cells:
+            rule = _with_thresholds(rule, cells[rule.code], settings)
+        severity = settings.severity_of(rule.code, rule.name)
+        if severity not in (None, "off"):
+            fixed = {"severity": severity, "warning_when": None, "error_when": None}
+            rule = rule.model_copy(update=fixed)
+        rules.append(rule)
+    return book.model_copy(update={"rules": tuple(rules), "settings": settings})
 
 
-def _read(file: Path, kind: str, row_type: type[_RowType]) -> list[_RowType] | None:
-    if not file.is_file():
-        return None
+def _row(book: Rulebook, word: str, settings: Settings) -> Rule:
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise RulesError.of("RG913", str(file), f"not TOML: {error}.", "Correct it.") from error
-    reasons = [_wrong(str(file), f"'{k}' is not a key; {near_miss(k, ['schema', kind])}")
-               for k in table if k not in ("schema", kind)]  # fmt: skip
-    if table.get("schema") != SCHEMA:
-        reasons.append(_wrong(str(file), f"schema is {table.get('schema')!r}, not {SCHEMA}."))
-    rows: list[_RowType] = []
-    for number, row in enumerate(table.get(kind, []), start=1):
-        label = row.get("code") or row.get("id") or f"row {number}"
-        try:
-            rows.append(row_type.model_validate(row))
-        except ValidationError as error:
-            reasons += [_wrong(f"{file} {kind} {label}", text) for text in _sentences(error)]
-    identities = [getattr(row, "code", None) or getattr(row, "id", None) for row in rows]
-    reasons += [_wrong(f"{file} {kind} {name}", "the row stands twice.")
-                for name in {n for n in identities if identities.count(n) > 1}]  # fmt: skip
-    if reasons:
-        raise RulesError(*reasons)
-    return rows
+        return book.rule(word)
+    except RulesError as error:
+        place = settings.place_of("thresholds")
+        raise RulesError.of("RG914", place, error.fact, error.cure) from error
 
 
-def _wrong(place: str, fact: str) -> Refusal:
-    return Refusal("RG913", place, fact, "Correct the rule file.")
+def _with_thresholds(rule: Rule, wanted: When, settings: Settings) -> Rule:
+    stated = rule.when.cells if rule.when is not None else {}
+    for name in wanted.cells:
+        if name not in stated:
+            fact = f"{rule.code} has no cell for '{name}';"
+            place = settings.place_of("thresholds")
+            raise RulesError.of("RG914", place, fact, near_miss(name, list(stated)))
+    cells = {name: wanted.cells.get(name, cell) for name, cell in stated.items()}
+    return rule.model_copy(update={"when": When.model_construct(cells=cells)})
 
 
-def _sentences(error: ValidationError) -> list[str]:
-    """pydantic's errors as facts: where in the row, what is wrong."""
-    sentences = []
-    for entry in error.errors():
-        place = ".".join(map(str, entry["loc"]))
-        text = entry["msg"].removeprefix("Value error, ")
-        text = text if text.endswith((".", "?")) else f"{text}."
-        sentences.append(f"{place}: {text}" if place else text)
-    return sentences
+def _rows(path: Path) -> tuple[list[Rule], list[Scenario]]:
+    """The rules and scenarios of a folder, or of one file, which may hold both."""
+    if path.is_file():
+        table, both = read_table(path), ("rule", "scenario")
+        rules = rows_of(table, path, "rule", Rule, both)
+        return rules, rows_of(table, path, "scenario", Scenario, both)
+    files = path / "rules.toml", path / "scenarios.toml"
+    if not any(file.is_file() for file in files):
+        here = "the folder holds no rule file." if path.is_dir() else "there is no such file."
+        cure = "Put rules.toml or scenarios.toml there, or leave the folder out."
+        raise RulesError.of("RG913", str(path), here, cure if path.is_dir() else "Check the path.")
+    first, second = (read_table(f) if f.is_file() else {"schema": SCHEMA} for f in files)
+    return (
+        rows_of(first, files[0], "rule", Rule, ("rule",)),
+        rows_of(second, files[1], "scenario", Scenario, ("scenario",)),
+    )

@@ -73,7 +73,7 @@ class Batches:
 
 def cloned(value: Any) -> Any:
     """The same with tensors of its own, inside all that `tensors_in` looks into."""
-    return _with_tensors(value, Tensor.clone)
+    return with_tensors(value, Tensor.clone)
 
 
 def _moved(value: Any, device: torch.device, *, lengths: bool = False) -> Any:
@@ -87,25 +87,25 @@ def _moved(value: Any, device: torch.device, *, lengths: bool = False) -> Any:
         return value.to(device=device)  # type: ignore[call-arg]
     if type(value) in (tuple, list):
         return type(value)(_moved(item, device, lengths=lengths) for item in value)
-    return _with_tensors(value, move)
+    return with_tensors(value, move)
 
 
-def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same with every tensor that `tensors_in` finds changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, MutableMapping):
         same = copy.copy(value)
-        same.update({key: _with_tensors(item, change) for key, item in value.items()})
+        same.update({key: with_tensors(item, change) for key, item in value.items()})
         return same
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_with_tensors(item, change) for item in value))
+        return type(value)(*(with_tensors(item, change) for item in value))
     if type(value) in (tuple, list):
-        return type(value)(_with_tensors(item, change) for item in value)
+        return type(value)(with_tensors(item, change) for item in value)
     if is_dataclass(value):
         own = copy.copy(value)
         for each in fields(value):
-            item = _with_tensors(getattr(value, each.name), change)
+            item = with_tensors(getattr(value, each.name), change)
             object.__setattr__(own, each.name, item)
         return own
     return value

@@ -8,9 +8,10 @@ from torch import Tensor, fx, nn
 
 from rnnguard.inspection.loops import find_loops
 from rnnguard.inspection.pathways import made_from
-from rnnguard.inspection.recording import Recording
+from rnnguard.inspection.recording import Recording, tensors_in
 from rnnguard.inspection.sites import find_sites
 from rnnguard.inspection.written import written_sites
+from rnnguard.probe.stillness import differ
 
 
 def kept_tensors(recording: Recording) -> list[Tensor]:
@@ -34,3 +35,12 @@ def carried_over(model: nn.Module, again: Recording) -> dict[str, list[fx.Node]]
         path: [node for node in left if not reach[node].isdisjoint(calls)] for path, calls in starts
     }
     return {path: nodes for path, nodes in found.items() if nodes}
+
+
+def answers_differently(first: Recording, again: Recording) -> bool:
+    """Whether the second of two runs on one batch, from the same random state, gave other values.
+
+    Each is to be recorded right behind `reseed`.
+    """
+    pairs = zip(tensors_in(first.result), tensors_in(again.result), strict=False)
+    return any(a.is_floating_point() and differ(a, b) for a, b in pairs)

@@ -122,10 +122,13 @@ def _tensor_keeper(tensor: Tensor) -> Callable[[], None]:
 
 
 def has_bits(tensor: Tensor) -> bool:
-    """Whether the tensor has plain memory of its own: neither lazy, nor meta, nor sparse."""
+    """Whether the tensor has plain memory: neither lazy, nor meta, nor sparse, nor freed."""
     if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
         return False
-    return tensor.layout is torch.strided and not tensor.is_meta
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    # Sharding frees the memory of a whole weight while only a part of it is needed.
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

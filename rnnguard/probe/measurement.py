@@ -25,13 +25,16 @@ from rnnguard.inspection.sites import (
 from rnnguard.inspection.written import WrittenSite, relative, rounds, written_sites
 from rnnguard.measurements import Measurement, Provenance, RunReadings, Site, SiteReadings
 from rnnguard.probe.backflow import Backflow
-from rnnguard.probe.carryover import carried_over, kept_tensors
+from rnnguard.probe.carryover import answers_differently, carried_over, kept_tensors
 from rnnguard.probe.gradients import Gradients, gradient_norms
 from rnnguard.probe.layer_ratio import layer_ratio
 from rnnguard.probe.nonfinite import first_nonfinite
 from rnnguard.probe.readings import Memory, measure_site, memory_needed
+from rnnguard.probe.resettable import holders, resets
 from rnnguard.probe.snapshot import untouched
+from rnnguard.probe.stillness import reseed
 from rnnguard.probe.subject import Subject
+from rnnguard.probe.usage import Usage, proven, seen_in
 from rnnguard.probe.written_readings import measure_written, with_backflow
 from rnnguard.records import OptimizerKind
 
@@ -45,6 +48,7 @@ class Look:
     rounds: tuple[Loop, ...]
     unregistered: tuple[str, ...]
     signature: tuple[Any, ...]
+    usage: Usage | None = None
 
 
 def measure(subject: Subject) -> Look:
@@ -52,28 +56,31 @@ def measure(subject: Subject) -> Look:
     started = time.perf_counter()
     model, batches = subject.model, subject.batches
     with untouched(model, optimizer=subject.optimizer):
-        torch.manual_seed(subject.seed)
+        reseed(subject.seed)
         recording = recorded(subject, subject.largest)
         loops = find_loops(recording.graph)
         native = find_sites(model, recording, cells_in(rounds(loops)))
         known = {call for site in native for call in site.calls}
         written = [with_backflow(site) for site in written_sites(model, loops, known)]
+        found: tuple[FoundSite | WrittenSite, ...] = (*native, *(site for site, _ in written))
+        usage = subject.usage or seen_in(recording, subject, found)
         unregistered = tuple(unregistered_calls(model, recording))
         # Inside, since some models make their recurrent weights anew in every forward.
         sites = [_measured(subject, site) for site in native]
         sites += [_measured_written(subject, site, flow) for site, flow in written]
         sites, graph_kept = _with_carryover(subject, recording, sites)
-        torch.manual_seed(subject.seed)
+        reseed(subject.seed)
         gradients = gradient_norms(model, batches, subject.seed)
+        if subject.usage is None:
+            usage = proven(usage, recording, subject, found, gradients)
         first_bad = _first_bad(subject, gradients.first_bad)
     run = run_readings(subject, gradients, time.perf_counter() - started)
-    run = run.model_copy(update={"graph_kept": graph_kept, **first_bad})
+    run = usage.of_run(run.model_copy(update={"graph_kept": graph_kept, **first_bad}))
     ratios = {site.record.path: layer_ratio(site, gradients.by_parameter) for site in native}
     sites = [s.model_copy(update={"layer_ratio": ratios.get(s.path)}) for s in sites]
     signature = tuple(_form(tensor) for tensor in tensors_in(recording.result))
-    measurement = Measurement(run=run, sites=tuple(sites))
-    found: tuple[FoundSite | WrittenSite, ...] = (*native, *(site for site, _ in written))
-    return Look(measurement, found, tuple(rounds(loops)), unregistered, signature)
+    measurement = Measurement(run=run, sites=tuple(map(usage.of_site, sites)))
+    return Look(measurement, found, tuple(rounds(loops)), unregistered, signature, usage)
 
 
 def _first_bad(subject: Subject, batch: int | None) -> dict[str, Any]:
@@ -101,11 +108,20 @@ def _with_carryover(
     kept = kept_tensors(recording)
     if not kept:
         return sites, False
+    held = holders(subject.model, kept)
+    reseed(subject.seed)
     again = recorded(subject, subject.largest, kept)
     carried = carried_over(subject.model, again)
+    silent = answers_differently(recording, again)
+    reset = resets(subject.model, carried, held, subject.batches.step) if silent else {}
     names = {str(node.target) for nodes in carried.values() for node in nodes}
     with_graph = {f"kept{i}" for i, tensor in enumerate(kept) if tensor.grad_fn is not None}
-    told = [site.model_copy(update={"carried_over": site.path in carried}) for site in sites]
+    told = [
+        site.model_copy(
+            update={"carried_over": site.path in carried, "resettable": reset.get(site.path)}
+        )
+        for site in sites
+    ]
     return told, not names.isdisjoint(with_graph)
 
 

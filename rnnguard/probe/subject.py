@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,18 @@ from rnnguard.probe.demand import Demand
 from rnnguard.probe.gradients import parameter_gradients
 from rnnguard.probe.snapshot import untouched
 
+if TYPE_CHECKING:
+    from rnnguard.probe.usage import Usage
+
 INFERRED_STEPS = 64
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: model, optimizer, batches, and what the user said about the task."""
+    """What is measured: model, optimizer, batches, and what the user said about the task.
+
+    `batch_size`: samples in a batch as a loader says. `usage`, once it is known.
+    """
 
     model: nn.Module
     optimizer: Optimizer | None
@@ -35,6 +42,8 @@ class Subject:
     guarded: bool
     provenance: Mapping[str, Provenance] = field(default_factory=dict)
     demands: Mapping[str, Demand] = field(default_factory=dict)
+    batch_size: int | None = None
+    usage: Usage | None = None
 
     @property
     def largest(self) -> int:

@@ -19,4 +19,5 @@ ADAMW = Remedy(
     tier="step",
     summary="Adam becomes AdamW on the same object; options and moments stay.",
     apply=_apply,
+    refs=("Loshchilov and Hutter 2019 (arXiv 1711.05101)",),
 )

@@ -18,4 +18,5 @@ AMSGRAD = Remedy(
     tier="step",
     summary="Adam's amsgrad option, switched on in place.",
     apply=_apply,
+    refs=("Reddi et al. 2018 (arXiv 1904.09237)",),
 )

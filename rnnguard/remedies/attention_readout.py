@@ -39,4 +39,10 @@ ATTENTION_READOUT = Remedy(
     prescription=_prescribe,
     adds="attention",
     on_request=True,
+    doses={
+        "width": "features of queries, keys and values; by the output's size",
+        "heads": "how many they are split into, by default 1",
+        "seed": "of the draw; the seed of the run",
+    },
+    refs=("Vaswani et al. 2017 (arXiv 1706.03762)",),
 )

@@ -49,4 +49,11 @@ BOUNDED_RNN = Remedy(
     aim="growth",
     prescription=_prescribe,
     adds="recurrence",
+    doses={
+        "by": "the activation, by default the module's own",
+        "activation": "the activation that `by` chose",
+        "memory": "steps T over which a gradient may double at most: a bound of 2^(1/T)",
+        "bound": "the largest spectral norm itself, instead of a memory",
+    },
+    refs=("Li et al. 2018 (arXiv 1803.04831), section 3.2", "Pascanu et al. 2013, section 2.1"),
 )

@@ -37,4 +37,9 @@ CHRONO_BIAS = Remedy(
     apply=_apply,
     aim="health",
     prescription=_prescribe,
+    doses={
+        "t_max": "longest time scale in steps, from 3 on",
+        "seed": "of the draw; the seed of the run",
+    },
+    refs=("Tallec and Ollivier 2018, eq. 16 (arXiv 1804.11188)",),
 )

@@ -81,4 +81,19 @@ CLIP_GRADIENT = Remedy(
     summary="Clip in the optimizer's step, by norm, value or past norms; aware of GradScaler.",
     apply=_apply,
     prescription=_prescribe,
+    doses={
+        "by": "norm, group, value, percentile or z_score",
+        "factor": "threshold in median norms of the batches",
+        "least": "the lowest threshold, by default 1",
+        "max_norm": "the threshold; from `factor` and `least`",
+        "max_value": "largest entry, for the clip by value",
+        "percentile": "of the last norms, for the clip by percentile",
+        "z_score": "deviations above the mean norm, for the clip by z_score",
+        "window": "norms that the last two forms remember",
+    },
+    refs=(
+        "Pascanu et al. 2013, section 3.2",
+        "Seetharaman et al. 2020 (AutoClip, arXiv 2007.14469)",
+        "Kumar et al. 2025 (ZClip)",
+    ),
 )

@@ -51,4 +51,8 @@ CRITICAL_GAIN = Remedy(
     aim="health",
     gentler=gentler,
     prescription=_prescribe,
+    doses={
+        "factor": "what the matrix is multiplied by; from the measured decay",
+    },
+    refs=("Chen, Pennington and Schoenholz 2018 (arXiv 1806.05394)",),
 )

@@ -32,4 +32,8 @@ GATE_LAST_GRU = Remedy(
     aim="health",
     prescription=_prescribe,
     on_request=True,
+    refs=(
+        "Cho et al. 2014 (the GRU, arXiv 1406.1078)",
+        "rnnguard.nn.GateLastGRU: the state runs past no matrix",
+    ),
 )

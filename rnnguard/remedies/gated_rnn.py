@@ -43,4 +43,14 @@ GATED_RNN = Remedy(
     aim="health",
     prescription=_prescribe,
     adds="gate_l0",
+    doses={
+        "memory": "longest time scale of the gate in steps",
+        "bias": "of the gate where the memory is unknown, by default -1",
+        "seed": "of the draw; the seed of the run",
+    },
+    refs=(
+        "Zhou et al. 2016 (arXiv 1603.09420)",
+        "Ravanelli et al. 2018 (arXiv 1803.10225)",
+        "Tallec and Ollivier 2018, eq. 16 (arXiv 1804.11188)",
+    ),
 )

@@ -69,4 +69,13 @@ INDRNN = Remedy(
     aim="health",
     prescription=_prescribe,
     adds="recurrence",
+    doses={
+        "by": "the activation, by default the module's own",
+        "activation": "the activation that `by` chose",
+        "memory": "steps T over which a gradient may double at most: |u| <= 2^(1/T)",
+        "bound": "the largest |u| itself, instead of a memory",
+        "read_last": "whether the last output alone is read; units then start long",
+        "seed": "of the draw; the seed of the run",
+    },
+    refs=("Li et al. 2018 (arXiv 1803.04831)",),
 )

@@ -26,4 +26,5 @@ LAYER_NORM = Remedy(
     apply=_apply,
     aim="output",
     adds="output_norm",
+    refs=("Ba et al. 2016 (arXiv 1607.06450)",),
 )

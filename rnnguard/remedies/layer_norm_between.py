@@ -37,4 +37,5 @@ LAYER_NORM_BETWEEN = Remedy(
     aim="depth",
     prescription=_prescribe,
     adds="between",
+    refs=("Ba et al. 2016 (arXiv 1607.06450)",),
 )

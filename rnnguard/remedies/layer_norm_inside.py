@@ -69,4 +69,13 @@ LAYER_NORM_INSIDE = Remedy(
     aim="health",
     prescription=_prescribe,
     adds="norm_l0",
+    doses={
+        "gain": "the norms' gain at the start, by default 1",
+        "memory": "longest time scale of the keep gate in steps",
+        "forget": "the keep gate's offset where the memory is unknown, by default 1",
+    },
+    refs=(
+        "Ba et al. 2016 (arXiv 1607.06450)",
+        "Tallec and Ollivier 2018, eq. 16 (arXiv 1804.11188)",
+    ),
 )

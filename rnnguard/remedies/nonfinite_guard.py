@@ -34,4 +34,9 @@ NONFINITE_GUARD = Remedy(
     summary="Steps with a non-finite gradient are skipped on the CPU, counted on a GPU.",
     apply=_apply,
     prescription=_prescribe,
+    doses={
+        "on_nonfinite": "skip or propagate; by the device",
+        "budget": "such steps in a row before a warning, by default 10",
+    },
+    refs=("Pascanu et al. 2013, section 3.2", "pytorch #46849"),
 )

@@ -54,4 +54,9 @@ ORTHOGONAL = Remedy(
     apply=_apply,
     aim="health",
     prescription=with_seed,
+    doses={
+        "gain": "of each block, by default 1",
+        "seed": "of the draw; the seed of the run",
+    },
+    refs=("Saxe et al. 2014 (arXiv 1312.6120)", "Kerg et al. 2019 (nnRNN)"),
 )

@@ -35,4 +35,5 @@ ORTHOGONAL_PARAMETRIZATION = Remedy(
     prescription=_prescribe,
     adds="recurrent",
     on_request=True,
+    refs=("Lezcano-Casado and Martinez-Rubio 2019 (arXiv 1901.08428)",),
 )

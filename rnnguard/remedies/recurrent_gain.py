@@ -51,4 +51,8 @@ RECURRENT_GAIN = Remedy(
     summary="Recurrent matrix scaled down to a spectral radius, gate by gate.",
     apply=_apply,
     aim="growth",
+    doses={
+        "target": "the spectral radius to come down to, by default 1",
+    },
+    refs=("Pascanu et al. 2013, section 2.1",),
 )

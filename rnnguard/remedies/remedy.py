@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ class Remedy:
     """The child that it gives the site's module; the first of several."""
     on_request: bool = False
     """Whether no row of rnnguard's own applies it: nothing that a probe reads calls for it."""
+    doses: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What each word of a dose means, of a row's and of the final one."""
+    refs: tuple[str, ...] = ()
 
     def prescribe(self, wanted: Dose, site: SiteReadings | None, run: RunReadings) -> Dose | None:
         return wanted if self.prescription is None else self.prescription(wanted, site, run)

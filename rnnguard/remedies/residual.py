@@ -52,4 +52,14 @@ RESIDUAL = Remedy(
     aim="depth",
     prescription=_prescribe,
     adds="between",
+    doses={
+        "by": "residual or highway",
+        "shortcut": "the form that `by` chose",
+        "gate_bias": "of a highway's gate, by default -2",
+    },
+    refs=(
+        "He et al. 2016 (arXiv 1512.03385)",
+        "Srivastava et al. 2015 (arXiv 1505.00387)",
+        "Zhang et al. 2016 (arXiv 1510.08983)",
+    ),
 )

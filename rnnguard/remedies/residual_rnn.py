@@ -39,4 +39,8 @@ RESIDUAL_RNN = Remedy(
     aim="health",
     prescription=_prescribe,
     adds="residual_l0",
+    doses={
+        "memory": "longest leak in steps, from 2 on",
+    },
+    refs=("Kusupati et al. 2018 (FastRNN, arXiv 1901.02358), eq. 1",),
 )

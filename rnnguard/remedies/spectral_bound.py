@@ -36,4 +36,8 @@ SPECTRAL_BOUND = Remedy(
     aim="growth",
     prescription=_prescribe,
     adds="recurrent",
+    doses={
+        "bound": "the largest spectral norm of a gate's weights, by default 1",
+    },
+    refs=("Miyato et al. 2018 (arXiv 1802.05957)",),
 )

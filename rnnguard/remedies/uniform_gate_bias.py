@@ -36,4 +36,8 @@ UNIFORM_GATE_BIAS = Remedy(
     apply=_apply,
     aim="health",
     prescription=_prescribe,
+    doses={
+        "seed": "of the draw; the seed of the run",
+    },
+    refs=("Gu et al. 2020 (arXiv 1910.09890)",),
 )

@@ -50,4 +50,9 @@ VARIANCE_SCALING = Remedy(
     apply=_apply,
     aim="input",
     prescription=_prescribe,
+    doses={
+        "input_rms": "what the weights are divided by; the measured rms of the inputs, at least 1",
+        "seed": "of the draw; the seed of the run",
+    },
+    refs=("Glorot and Bengio 2010, eq. 16", "He et al. 2015, eq. 14 (arXiv 1502.01852)"),
 )

@@ -46,4 +46,9 @@ VARIATIONAL_DROPOUT = Remedy(
     prescription=_prescribe,
     adds="between",
     on_request=True,
+    doses={
+        "dropout": "share that is dropped between the layers, by default 0.25",
+        "input_dropout": "share that is dropped of the input, by default 0",
+    },
+    refs=("Gal and Ghahramani 2016 (arXiv 1512.05287)", "Merity et al. 2018 (arXiv 1708.02182)"),
 )

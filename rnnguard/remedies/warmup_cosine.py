@@ -43,4 +43,10 @@ WARMUP_COSINE = Remedy(
     summary="Linear warm-up inside the step, cosine after it when total_steps is given.",
     apply=_apply,
     prescription=_prescribe,
+    doses={
+        "warmup": "steps of linear warm-up: a tenth of those planned, 2000 at most",
+        "total_steps": "steps at whose end the cosine ends; those planned",
+        "at_least": "the shortest warm-up, also where no steps are planned",
+    },
+    refs=("Ma and Yarats 2019 (arXiv 1910.04209)",),
 )

@@ -37,4 +37,8 @@ WEIGHT_DROP = Remedy(
     prescription=_prescribe,
     adds="recurrent",
     on_request=True,
+    doses={
+        "p": "share of the weights that is dropped, by default 0.5",
+    },
+    refs=("Merity et al. 2018 (arXiv 1708.02182)",),
 )

@@ -43,4 +43,9 @@ WEIGHT_NORM = Remedy(
     prescription=_prescribe,
     adds="recurrent",
     on_request=True,
+    doses={
+        "by": "row or gate: what has a norm of its own",
+        "over": "the form that `by` chose",
+    },
+    refs=("Salimans and Kingma 2016 (arXiv 1602.07868)",),
 )

@@ -60,4 +60,10 @@ WRITTEN_CHRONO_BIAS = Remedy(
     aim="health",
     on_model=True,
     prescription=_prescribe,
+    doses={
+        "t_max": "longest time scale in steps, from 3 on",
+        "gates": "where the gates' biases stand; as the graph shows them",
+        "seed": "of the draw; the seed of the run",
+    },
+    refs=("Tallec and Ollivier 2018, eq. 16 (arXiv 1804.11188)",),
 )

@@ -41,4 +41,9 @@ WRITTEN_CRITICAL_GAIN = Remedy(
     on_model=True,
     gentler=gentler,
     prescription=_prescribe,
+    doses={
+        "factor": "what the entries are multiplied by; from the measured decay",
+        "entries": "where the state enters the weights; as the graph shows it",
+    },
+    refs=("Chen, Pennington and Schoenholz 2018 (arXiv 1806.05394)",),
 )

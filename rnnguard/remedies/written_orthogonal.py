@@ -50,4 +50,10 @@ WRITTEN_ORTHOGONAL = Remedy(
     aim="health",
     on_model=True,
     prescription=_prescribe,
+    doses={
+        "gain": "of each block, by default 1",
+        "entries": "where the state enters the weights; as the graph shows it",
+        "seed": "of the draw; the seed of the run",
+    },
+    refs=("Saxe et al. 2014 (arXiv 1312.6120)",),
 )

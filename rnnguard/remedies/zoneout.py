@@ -47,4 +47,9 @@ ZONEOUT = Remedy(
     prescription=_prescribe,
     adds="zoneout",
     on_request=True,
+    doses={
+        "hidden": "share of units whose output stays, by default 0.05",
+        "cell": "share whose cell state stays, in an LSTM, by default 0.5",
+    },
+    refs=("Krueger et al. 2017 (arXiv 1606.01305)",),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rnnguard
+from rnnguard.decision.selection import Suppressed, chosen
+from rnnguard.decision.settings import Settings
 from rnnguard.errors import Refusal, RulesError
 from rnnguard.files import write_text
 from rnnguard.measurements import Measurement, Site, SiteReadings
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class Report:
     """What an audit or a stabilization found and did; readings are those of the newest look.
 
-    `findings` were there before any change, `remaining` are there now.
+    `findings` were there before any change, `remaining` are there now; `suppressed` are those
+    of now that comments in the user's code hide.
     `report["encoder.lstm"]` gives the readings of a site.
     """
 
@@ -41,6 +43,7 @@ class Report:
         plan: Plan,
         refusals: tuple[Refusal, ...] = (),
         notes: tuple[str, ...] = (),
+        suppressed: tuple[Suppressed, ...] = (),
         undo: Callable[..., tuple[Refusal, ...]] | None = None,
         live: Callable[[], Engagement | None] = lambda: None,
     ) -> None:
@@ -53,6 +56,7 @@ class Report:
         self.plan = plan
         self.refusals = refusals
         self.notes = notes
+        self.suppressed = suppressed
         self._undo = undo
         self._live = live
 
@@ -131,26 +135,24 @@ class Report:
     ) -> Report:
         """The same report with the selected findings only; nothing selected means all.
 
-        Takes codes, code prefixes ("RG4"), names and "ALL"; `rules` are the extra rule
-        folders whose names count as known. Raises RulesError for an unknown one.
+        Takes codes, code prefixes ("RG4"), names and "ALL", of which the closest decides;
+        `rules` are what else makes names known, as for an audit. Raises RulesError for an
+        unknown one.
         """
-        select, ignore = list(select), list(ignore)
-        self._check_known([*select, *ignore], rules)
-
-        def kept(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
-            chosen = (f for f in findings if not select or _matches(f, select))
-            return tuple(f for f in chosen if not _matches(f, ignore))
-
+        settings = Settings(select=tuple(select), ignore=tuple(ignore))
+        self._check_known(settings, rules)
+        hidden = chosen(settings, (s.finding for s in self.suppressed))
         return Report(
             sites=self.sites,
             before=self.before,
             after=self.after,
-            findings=kept(self.findings),
-            remaining=kept(self.remaining),
+            findings=chosen(settings, self.findings),
+            remaining=chosen(settings, self.remaining),
             changes=self.changes,
             plan=self.plan,
             refusals=self.refusals,
             notes=self.notes,
+            suppressed=tuple(s for s in self.suppressed if s.finding in hidden),
             undo=self._undo,
             live=self._live,
         )
@@ -176,6 +178,10 @@ class Report:
             "after": self.after.model_dump() if self.after else None,
             "findings": [finding.model_dump() for finding in self.findings],
             "remaining": [finding.model_dump() for finding in self.remaining],
+            "suppressed": [
+                s.finding.model_dump() | {"reason": s.reason, "comment": s.comment}
+                for s in self.suppressed
+            ],
             "changes": [change.model_dump() for change in self.changes],
             "plan": self.plan.to_dict(),
             "refusals": [vars(refusal) for refusal in self.refusals],
@@ -224,29 +230,14 @@ class Report:
 
         return frame(self)
 
-    def _check_known(self, names: Sequence[str], rules: Sequence[str | Path]) -> None:
-        if not names:
+    def _check_known(self, settings: Settings, rules: Sequence[str | Path]) -> None:
+        if not (settings.select or settings.ignore):
             return
         from rnnguard.decision.rulebook import load_rulebook
 
         known = {(rule.code, rule.name) for rule in load_rulebook(rules).rules}
         # Findings of extra rule folders are known here even when the folder is not given.
-        known |= {(f.code, f.name) for f in (*self.findings, *self.remaining)}
-        for name in names:
-            if not any(_means(name, *pair) for pair in known):
-                words = sorted({word for pair in known for word in pair})
-                near = difflib.get_close_matches(name, words, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "`rnnguard rule` lists them all."
-                raise RulesError.of("RG914", "", f"{name!r} is not a known rule;", hint)
-
-
-def _means(name: str, code: str, rule_name: str) -> bool:
-    prefix = name == "ALL" or (name.startswith("RG") and code.startswith(name))
-    return prefix or name == rule_name
-
-
-def _matches(finding: Finding, names: Iterable[str]) -> bool:
-    return any(_means(name, finding.code, finding.name) for name in names)
+        settings.check_known(known | {(f.code, f.name) for f in (*self.findings, *self.remaining)})
 
 
 def _finite(value: Any) -> Any:

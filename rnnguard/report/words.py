@@ -11,7 +11,9 @@ from rnnguard.measurements import Site
 from rnnguard.records import Change
 
 if TYPE_CHECKING:
-    from rnnguard.decision.rulebook import Rule
+    from rnnguard.decision.conditions import When
+    from rnnguard.decision.rulebook import Rule, Rulebook, Scenario
+    from rnnguard.remedies.remedy import Remedy
     from rnnguard.report.report import Report
 
 FLOOR = -6  # log10 R below which a sparkline is blank, and a memory vanished
@@ -64,12 +66,13 @@ def counted(count: int, noun: str, ending: str = "s") -> str:
 def closing(report: Report) -> list[str]:
     """The sentences that count what was found, what can be mended, and where to read on."""
     found = report.remaining
+    hidden = f" {len(report.suppressed)} suppressed." if report.suppressed else ""
     if not found and not report.sites:
         made = f"{counted(len(report.changes), 'change')} made" if report.changes else "No findings"
-        return [f"{made}, but nothing was measured."]
+        return [f"{made}, but nothing was measured.{hidden}"]
     if not found:
         mended = f" {counted(len(report.mended), 'finding')} mended." if report.mended else ""
-        return [f"No findings{' left' if report.after else ''}.{mended}"]
+        return [f"No findings{' left' if report.after else ''}.{mended}{hidden}"]
     endings = {"error": "s", "warning": "s", "info": ""}
     counts = [
         counted(sum(f.severity == severity for f in found), severity, endings[severity])
@@ -78,7 +81,7 @@ def closing(report: Report) -> list[str]:
     ]
     still = " left" if report.after else ""
     mended = f" {len(report.mended)} mended." if report.mended else ""
-    sentences = [f"{counted(len(found), 'finding')}{still} ({', '.join(counts)}).{mended}"]
+    sentences = [f"{counted(len(found), 'finding')}{still} ({', '.join(counts)}).{mended}{hidden}"]
     by_hand = sum(f.fix == "manual" for f in found)
     ours = sum(f.fix in ("step", "values", "structure") for f in found)
     if ours and report.after is None:
@@ -107,24 +110,113 @@ def _amount(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+FIXES = {
+    "step": "step, by rnnguard.stabilize; taken back at any time",
+    "values": "values, by rnnguard.stabilize; of untrained weights only",
+    "structure": "structure, by rnnguard.stabilize; changes what the model computes or saves",
+    "manual": "manual, by hand",
+    "none": "none",
+}
+
+
 def rule_data(rule: Rule) -> dict[str, object]:
     """A rule as plain data; its conditions as people write them."""
-    words = ("code", "name", "severity", "stage", "fix", "what", "why", "example", "message")
-    when = {name: str(cell) for name, cell in rule.when.cells.items()} if rule.when else {}
+    words = ("code", "name", "severity", "stage", "fix", "what", "why", "method", "how")
+    conditions = ("when", "warning_when", "error_when")
     data = {word: getattr(rule, word) for word in words}
-    return data | {"when": when, "cure": rule.cure, "refs": list(rule.refs)}
+    data |= {name: _cells(getattr(rule, name)) for name in conditions}
+    data |= {word: getattr(rule, word) for word in ("example", "twin", "message", "cure")}
+    return data | {"implied_by": list(rule.implied_by), "refs": list(rule.refs)}
 
 
 def rule_page(rule: Rule) -> str:
     """A rule explained, under the same headings for all."""
-    cells = rule.when.cells.items() if rule.when else ()
+    # What the code itself raises is neither probed nor traced by a row's readings.
+    method = f"By {_METHODS[rule.method]}. " if rule.when is not None else ""
     sections = {
         "What is wrong": rule.what,
         "Why it hurts": rule.why,
-        "Found when": ", ".join(f"{name} {cell}" for name, cell in cells),
-        "Example": rule.example,
+        "How it is found": f"{method}{rule.how}",
+        "Found when": _stated(rule.when),
+        "A warning when": _stated(rule.warning_when),
+        "An error when": _stated(rule.error_when),
+        "Example": code_block(rule.example),
+        "The same, healthy": code_block(rule.twin),
         "What to do": rule.cure,
-        "References": "\n".join(rule.refs),
+        "Implied by": ", ".join(rule.implied_by),
+        "References": "\n".join(f"* {ref}" for ref in rule.refs),
     }
-    told = [f"## {title}\n\n{text.strip()}" for title, text in sections.items() if text]
-    return "\n\n".join([f"# {rule.name} ({rule.code})", f"{rule.severity}; fix: {rule.fix}", *told])
+    first = f"{rule.severity}; fix: {FIXES[rule.fix]}"
+    return page(f"{rule.name} ({rule.code})", first, sections)
+
+
+_METHODS = {
+    "static": "what the code and the weights show",
+    "probe": "measuring the model",
+    "recorded step": "watching a real training step",
+}
+
+
+_TIERS = {
+    "step": "acts inside the optimizer's step and can be taken back at any time",
+    "values": "gives untrained weights other values",
+    "structure": "changes what the model computes or what its checkpoints hold",
+}
+_AIMS = {
+    "health": "More of the gradient must reach back as far as needed, without growing.",
+    "growth": "The gradient must grow less on its way back.",
+    "input": "What the input adds to the pre-activations must come nearer to an rms of 1.",
+    "output": "The scale of the output must come nearer to 1.",
+    "depth": "The gradients of the layers must come nearer to each other.",
+}
+_NO_AIM = "No probe can tell, so it may only not harm."
+
+
+def remedy_data(remedy: Remedy, book: Rulebook) -> dict[str, object]:
+    """A remedy as plain data, with the rows that apply it."""
+    words = ("name", "tier", "summary", "aim", "adds", "on_request")
+    rows = [
+        {"id": row.id, "scope": row.scope, "dose": row.dose.get(remedy.name, {}), "why": row.why}
+        for row in book.scenarios
+        if remedy.name in row.apply
+    ]
+    data = {word: getattr(remedy, word) for word in words}
+    return data | {"doses": dict(remedy.doses), "scenarios": rows, "refs": list(remedy.refs)}
+
+
+def remedy_page(remedy: Remedy, book: Rulebook) -> str:
+    """A remedy explained, under the same headings for all."""
+    rows = [_row(remedy, row) for row in book.scenarios if remedy.name in row.apply]
+    none = "No row of the table applies it: a plan or a row of your own has to ask for it."
+    sections = {
+        "What it does": remedy.summary,
+        "Dose": "\n".join(f"* {word}: {told}." for word, told in remedy.doses.items()),
+        "What it adds": f"A child `{remedy.adds}` of the site's module." if remedy.adds else "",
+        "What must improve": _AIMS[remedy.aim] if remedy.aim else _NO_AIM,
+        "Applied by": "\n".join(rows) or none,
+        "References": "\n".join(f"* {ref}" for ref in remedy.refs),
+    }
+    return page(remedy.name, f"{remedy.tier}: {_TIERS[remedy.tier]}", sections)
+
+
+def _row(remedy: Remedy, row: Scenario) -> str:
+    dose = ", ".join(f"{word} = {value}" for word, value in row.dose.get(remedy.name, {}).items())
+    return f"* {row.id} ({row.scope}){f': {dose}' if dose else ''}"
+
+
+def page(title: str, first: str, sections: dict[str, str]) -> str:
+    """A page of Markdown; sections without a text are left out."""
+    told = [f"## {name}\n\n{text.strip()}" for name, text in sections.items() if text.strip()]
+    return "\n\n".join([f"# {title}", first, *told])
+
+
+def code_block(text: str) -> str:
+    return f"```python\n{text.strip()}\n```" if text.strip() else ""
+
+
+def _cells(when: When | None) -> dict[str, str]:
+    return {name: str(cell) for name, cell in when.cells.items()} if when else {}
+
+
+def _stated(when: When | None) -> str:
+    return ", ".join(f"{name} {cell}" for name, cell in _cells(when).items())
