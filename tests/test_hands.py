@@ -21,7 +21,7 @@ HANDS = {
     "rewrite/loan.py": "lends the optimizer scaled rates for one step and takes them back",
     "nn/recurrent_weights.py": "keeps its own gains and its own power iteration, not the user's",
     "probe/holdings.py": "gives back what the probe touched",
-    "probe/snapshot.py": "hides gradients while the probe runs",
+    "probe/snapshot.py": "hides gradients and lends other values while the probe runs",
 }
 # Paths that may copy a model or switch its mode, each with the reason.
 OWN_MODEL = {

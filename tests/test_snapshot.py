@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
 
 from rnnguard.probe.measurement import Look, measure
-from rnnguard.probe.snapshot import Snapshot, fingerprint, same_bits, untouched
+from rnnguard.probe.snapshot import Snapshot, fingerprint, moved, same_bits, untouched
 
 
 class Restless(nn.Module):
@@ -367,3 +367,14 @@ def test_an_interrupt_waits_until_all_is_back(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyboardInterrupt):
         snapshot.restore()
     assert len(calls) == 3 and fingerprint(model) == before
+
+
+def test_lent_values_leave_no_trace_and_no_graph_notices() -> None:
+    model = nn.Linear(3, 2)
+    kept, before = model(torch.randn(4, 3)).pow(2).sum(), fingerprint(model)
+    version = model.weight._version
+    with pytest.raises(ZeroDivisionError), untouched(model), moved(model.parameters(), 0.3):
+        assert fingerprint(model) != before
+        raise ZeroDivisionError
+    assert fingerprint(model) == before and model.weight._version == version
+    kept.backward()

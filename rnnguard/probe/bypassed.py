@@ -17,8 +17,8 @@ from rnnguard.inspection.batches import cloned
 from rnnguard.inspection.recording import tensors_in
 from rnnguard.inspection.sites import FoundSite
 from rnnguard.probe.gradients import Gradients
-from rnnguard.probe.snapshot import same_bits, untouched
-from rnnguard.probe.stillness import differ, moved, reseed
+from rnnguard.probe.snapshot import moved, same_bits, untouched
+from rnnguard.probe.stillness import differ, reseed
 from rnnguard.probe.subject import Subject
 
 NUDGE = 0.3  # of a weight's rms

@@ -11,8 +11,8 @@ from torch.nn.parameter import UninitializedParameter
 from rnnguard.inspection.methods import called_by_forward, methods_of, names_in
 from rnnguard.inspection.pathways import made_from
 from rnnguard.probe.gradients import Gradients, parameter_gradients
-from rnnguard.probe.snapshot import untouched
-from rnnguard.probe.stillness import moved, reseed
+from rnnguard.probe.snapshot import moved, untouched
+from rnnguard.probe.stillness import reseed
 from rnnguard.probe.subject import Subject
 
 PASSES = 3

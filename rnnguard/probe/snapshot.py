@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from rnnguard.probe.holdings import fact, keeper, same_bits
 from rnnguard.probe.reachable import generators, mutables
 
-__all__ = ["Snapshot", "fingerprint", "same_bits", "untouched"]
+__all__ = ["Snapshot", "fingerprint", "moved", "same_bits", "untouched"]
 
 
 class Snapshot:
@@ -86,6 +86,23 @@ def untouched(
             yield
     finally:
         snapshot.restore()
+
+
+@contextmanager
+def moved(parameters: Iterable[Tensor], share: float) -> Iterator[None]:
+    """Inside, the parameters have other values, by a share of their rms; in `untouched`.
+
+    A graph that the model keeps of an earlier run does not notice.
+    """
+    held = [(p, p.detach().clone()) for p in parameters if p.is_floating_point()]
+    try:
+        for parameter, values in held:
+            size = float(values.norm()) / max(1, values.numel()) ** 0.5
+            parameter.data.add_(torch.randn_like(values), alpha=share * (size or 1.0))
+        yield
+    finally:
+        for parameter, values in held:
+            parameter.data.copy_(values)
 
 
 def fingerprint(model: nn.Module, optimizer: Optimizer | None = None, *others: object) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -34,23 +32,6 @@ def reseed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
-
-
-@contextmanager
-def moved(parameters: Iterable[Tensor], share: float) -> Iterator[None]:
-    """Inside, the parameters have other values, by a share of their rms; in `untouched`.
-
-    A graph that the model keeps of an earlier run does not notice.
-    """
-    held = [(p, p.detach().clone()) for p in parameters if p.is_floating_point()]
-    try:
-        for parameter, values in held:
-            size = float(values.norm()) / max(1, values.numel()) ** 0.5
-            parameter.data.add_(torch.randn_like(values), alpha=share * (size or 1.0))
-        yield
-    finally:
-        for parameter, values in held:
-            parameter.data.copy_(values)
 
 
 def as_called(subject: Subject, index: int) -> Batch | None:
