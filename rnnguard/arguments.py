@@ -10,7 +10,7 @@ from rnnguard import targets
 from rnnguard.decision.settings import COMMAND_LINE, Settings
 from rnnguard.settings_file import home_of
 
-NAMED = ("data", "inputs", "loss", "step", "optimizer")
+NAMED = ("data", "inputs", "loss", "step", "train_step", "optimizer")
 
 
 def arguments_of(settings: Settings, app_dir: Path | None = None) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def arguments_of(settings: Settings, app_dir: Path | None = None) -> dict[str, A
         if getattr(settings, name) and (name not in arguments or _was_said(settings, name)):
             text, folder = _placed(settings, name, app_dir)
             arguments[name] = _loaded(name, text, folder, arguments["model"])
-    for name in ("memory", "seed"):
+    for name in ("memory", "trial", "seed"):
         value = getattr(settings, name)
         if value is not None and (name not in arguments or _was_said(settings, name)):
             arguments[name] = value

@@ -51,6 +51,8 @@ def audit(
     loss: options.Loss = None,
     step: options.Step = None,
     optimizer: options.Optimizer = None,
+    train_step: options.TrainStep = None,
+    trial: options.Trial = None,
     memory: options.Memory = None,
     skip: options.Skip = None,
     rules: options.Rules = None,
@@ -81,7 +83,8 @@ def audit(
     """
     said = {
         "target": target, "data": data, "inputs": inputs, "loss": loss, "step": step,
-        "optimizer": optimizer, "memory": memory, "seed": seed, "rules": rules,
+        "optimizer": optimizer, "train_step": train_step, "trial": trial, "memory": memory,
+        "seed": seed, "rules": rules,
         "select": _split(select), "extend_select": _split(extend_select),
         "ignore": _split(ignore), "fail_on": fail_on,
     }  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from rnnguard.decision.diagnosis import findings_of
+from rnnguard.decision.planning import advised, matching
 from rnnguard.decision.rulebook import Rulebook, load_rulebook
 from rnnguard.decision.selection import Selected, selected
 from rnnguard.decision.settings import Settings
@@ -37,6 +38,23 @@ def findings_told(
     sites = [site.record for site in before.sites]
     comments = comments_of(model, sites, [f.location for both in found for f in both])
     return selected(rulebook, comments, found[0], before.measurement, found[1])
+
+
+def advice(rulebook: Rulebook, before: Look, after: Look | None = None) -> Iterator[str]:
+    """What the scenarios that match say to do by hand, for each site and for the run.
+
+    Those of the output are matched on what the changes have left.
+    """
+    newest = (after or before).measurement
+    for scope in ("recurrence", "input", "output"):
+        look = newest if scope == "output" else before.measurement
+        for site in look.sites:
+            row = matching(rulebook, scope, site, look.run)
+            if row is not None and row.advice:
+                yield f"Advice for `{site.label}`: {advised(row, site, look.run)}"
+    row = matching(rulebook, "run", None, before.measurement.run)
+    if row is not None and row.advice:
+        yield f"Advice: {advised(row, None, before.measurement.run)}"
 
 
 def _findings(rulebook: Rulebook, look: Look) -> tuple[Finding, ...]:

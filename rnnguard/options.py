@@ -20,6 +20,12 @@ Inputs = Annotated[str | None, _target("Inputs alone: a tensor, a tuple or a dic
 Loss = Annotated[str | None, _target("loss(output, target), such as 'torch.nn:MSELoss()'.")]
 Step = Annotated[str | None, _target("step(model, batch) -> loss, for what --loss cannot say.")]
 Optimizer = Annotated[str | None, _target("An optimizer, a function of the model, or a class.")]
+TrainStep = Annotated[
+    str | None, _target("train_step(model, optimizer, batch): a whole training step, to watch.")
+]
+Trial = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Take N optimizer steps, and take them back.")
+]
 Memory = Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps the task needs.")]
 Skip = Annotated[list[str] | None, typer.Option(metavar="SITE", help="Leave a site out.")]
 Rules = Annotated[

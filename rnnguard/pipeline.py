@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from rnnguard.decision.rulebook import Rulebook
 from rnnguard.errors import refuse
-from rnnguard.findings import Rules, findings_told, rulebook_of
+from rnnguard.findings import Rules, advice, findings_told, rulebook_of
 from rnnguard.inspection.batches import Batches, Loss, Step
 from rnnguard.inspection.preflight import (
-    optimizer_refusals,
+    kind_refusals,
     option_refusals,
     run_refusals,
     skip_refusals,
@@ -70,7 +70,7 @@ def audit(
     """
     rulebook, asked = rulebook_of(rules), given(model, optimizer)
     skip = left_alone(asked.model, skip)
-    held = optimizer_refusals(asked.model, asked.optimizer) if asked.optimizer is not None else ()
+    held = kind_refusals(asked.optimizer) if asked.optimizer is not None else ()
     refuse([*option_refusals(memory, None), *asked.audit_refusals(), *run_refusals(asked.model),
             *skip_refusals(asked.model, skip), *held])  # fmt: skip
     request = Request(data, inputs, loss, step, memory, None, seed)
@@ -88,7 +88,7 @@ def audit(
         suppressed=told.suppressed,
         changes=(),
         plan=Plan(),
-        notes=(*notes_of(look, subject), *seen, *asked.notes),
+        notes=(*advice(rulebook, look), *notes_of(look, subject), *seen, *asked.notes),
         live=partial(engagement_of, asked.optimizer),
     )
     return _shown(report, verbose)
@@ -241,6 +241,7 @@ def _report(
         plan=Plan(changes=tuple(planned)),
         refusals=tuple(mending.refusals),
         notes=(
+            *advice(rulebook, before, after),
             *notes_of(before, mending.subject),
             *asked.notes,
             *note(),

@@ -41,6 +41,11 @@ def reason(row: Scenario, site: SiteReadings | None, run: RunReadings) -> str:
     return f"{because} Matched {row.id} because {row.when.explain(values)}."
 
 
+def advised(row: Scenario, site: SiteReadings | None, run: RunReadings) -> str:
+    """What the row says to do by hand, in its own words; nothing for most rows."""
+    return row.advice.format_map(vocabulary_values(site, run))
+
+
 def prescribed(
     row: Scenario, why: str, remedy: Prescriber, site: SiteReadings | None, run: RunReadings
 ) -> Change | None:

@@ -45,6 +45,8 @@ class Settings(Record):
     loss: str | None = None
     optimizer: str | None = None
     step: str | None = None
+    train_step: str | None = None
+    trial: StrictInt | None = Field(default=None, ge=0)
     memory: StrictInt | None = Field(default=None, ge=1)
     seed: StrictInt | None = None
     select: Names = ()

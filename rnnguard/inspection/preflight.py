@@ -71,11 +71,17 @@ def rewrite_refusals(
     yield from optimizer_refusals(model, optimizer)
 
 
-def optimizer_refusals(model: nn.Module, optimizer: Optimizer) -> Iterator[Refusal]:
-    """The optimizer must hold parameters of this model and no others, and step them itself."""
+def kind_refusals(optimizer: object) -> Iterator[Refusal]:
+    """What is passed as the optimizer must be one."""
     if not isinstance(optimizer, Optimizer):
         fact = f"a {type(optimizer).__name__} is not a torch.optim.Optimizer."
         yield Refusal("RG904", "optimizer", fact, "Pass the optimizer object itself.")
+
+
+def optimizer_refusals(model: nn.Module, optimizer: Optimizer) -> Iterator[Refusal]:
+    """The optimizer must hold parameters of this model and no others, and step them itself."""
+    if refused := list(kind_refusals(optimizer)):
+        yield from refused
         return
     known = {id(parameter) for parameter in model.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
