@@ -9,7 +9,7 @@ from torch import nn
 
 from rnnguard.decision.diagnosis import findings_of
 from rnnguard.decision.planning import advised, matching
-from rnnguard.decision.rulebook import Rulebook, load_rulebook
+from rnnguard.decision.rulebook import Rulebook, Scenario, load_rulebook
 from rnnguard.decision.selection import Selected, selected
 from rnnguard.decision.settings import Settings
 from rnnguard.inspection.comments import comments_of
@@ -40,21 +40,27 @@ def findings_told(
     return selected(rulebook, comments, found[0], before.measurement, found[1])
 
 
-def advice(rulebook: Rulebook, before: Look, after: Look | None = None) -> Iterator[str]:
+def advice(
+    rulebook: Rulebook, told: Sequence[Finding], before: Look, after: Look | None = None
+) -> Iterator[str]:
     """What the scenarios that match say to do by hand, for each site and for the run.
 
-    Those of the output are matched on what the changes have left.
+    Those of structure and output are matched on what the changes have left. What a finding `told` already
+    says to do is left out.
     """
     newest = (after or before).measurement
-    for scope in ("recurrence", "input", "output"):
-        look = newest if scope == "output" else before.measurement
-        for site in look.sites:
+    for scope in ("recurrence", "input", "structure", "output", "run"):
+        look = newest if scope in ("structure", "output") else before.measurement
+        for site in (None,) if scope == "run" else look.sites:
             row = matching(rulebook, scope, site, look.run)
-            if row is not None and row.advice:
-                yield f"Advice for `{site.label}`: {advised(row, site, look.run)}"
-    row = matching(rulebook, "run", None, before.measurement.run)
-    if row is not None and row.advice:
-        yield f"Advice: {advised(row, None, before.measurement.run)}"
+            if row is None or not row.advice or _is_told(row, told):
+                continue
+            where = "" if site is None else f" for `{site.label}`"
+            yield f"Advice{where}: {advised(row, site, look.run)}"
+
+
+def _is_told(row: Scenario, told: Sequence[Finding]) -> bool:
+    return any(finding.fix == "manual" and finding.code in row.codes for finding in told)
 
 
 def _findings(rulebook: Rulebook, look: Look) -> tuple[Finding, ...]:

@@ -88,7 +88,12 @@ def audit(
         suppressed=told.suppressed,
         changes=(),
         plan=Plan(),
-        notes=(*advice(rulebook, look), *notes_of(look, subject), *seen, *asked.notes),
+        notes=(
+            *advice(rulebook, told.findings, look),
+            *notes_of(look, subject),
+            *seen,
+            *asked.notes,
+        ),
         live=partial(engagement_of, asked.optimizer),
     )
     return _shown(report, verbose)
@@ -241,7 +246,7 @@ def _report(
         plan=Plan(changes=tuple(planned)),
         refusals=tuple(mending.refusals),
         notes=(
-            *advice(rulebook, before, after),
+            *advice(rulebook, chosen.findings, before, after),
             *notes_of(before, mending.subject),
             *asked.notes,
             *note(),

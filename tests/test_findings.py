@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 import rnnguard
 from rnnguard.cli import main
+from rnnguard.decision.settings import Settings
 
 X, Y = torch.randn(6, 20, 5), torch.randint(3, (6,))
 CE = nn.CrossEntropyLoss()
+OFF = Settings(severity={"RG305": "off"})
 
 
 class Net(nn.Module):
@@ -69,22 +71,36 @@ def test_a_training_step_that_cannot_be_watched_is_noted() -> None:
     assert any("KeyError" in note for note in report.notes)
 
 
-def test_advice_is_said_and_names_its_site() -> None:
-    """A window shorter than the memory: no remedy helps, the user has to lengthen it."""
+def advised(report: rnnguard.Report) -> list[str]:
+    return [note for note in report.notes if note.startswith("Advice for `rnn`: ")]
 
+
+def test_advice_is_said_and_names_its_site() -> None:
+    """The input goes around the recurrence too, so that its gradient is not all there is."""
+
+    class Around(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.mean(1)[:, :3]
+
+    model = Around()
+    for report in (
+        rnnguard.audit(model, inputs=X, memory=18),
+        rnnguard.stabilize(model, torch.optim.Adam(model.parameters()), inputs=X, memory=18),
+    ):
+        (said,) = advised(report)
+        assert "held-out score" in said
+
+
+def test_advice_does_not_repeat_a_finding() -> None:
     class Cut(Net):
         def forward(self, x: Tensor) -> Tensor:
             _, state = self.rnn(x[:, :10])
             logits: Tensor = self.head(self.rnn(x[:, 10:], state.detach())[1][-1])
             return logits
 
-    model = Cut()
-    for report in (
-        rnnguard.audit(model, inputs=X, memory=18),
-        rnnguard.stabilize(model, torch.optim.Adam(model.parameters()), inputs=X, memory=18),
-    ):
-        (said,) = [note for note in report.notes if note.startswith("Advice for `rnn`: ")]
-        assert "through 18 steps" in said
+    report = rnnguard.audit(Cut(), inputs=X, memory=18)
+    assert "RG305" in found(report) and advised(report) == []
+    assert "through 18 steps" in advised(rnnguard.audit(Cut(), inputs=X, memory=18, rules=OFF))[0]
 
 
 def test_the_command_line_watches_and_tries(
