@@ -45,8 +45,8 @@ def advice(
 ) -> Iterator[str]:
     """What the scenarios that match say to do by hand, for each site and for the run.
 
-    Those of structure and output are matched on what the changes have left. What a finding `told` already
-    says to do is left out.
+    Those of structure and output are matched on what the changes have left. What a finding
+    `told` already says to do is left out.
     """
     newest = (after or before).measurement
     for scope in ("recurrence", "input", "structure", "output", "run"):

@@ -79,6 +79,7 @@ def audit(
     look, seen = watched(look, subject, optimizer, train_step)
     look = without(diagnosed(look), skip)
     told = findings_told(rulebook, asked.model, look)
+    notes = (*advice(rulebook, told.findings, look), *notes_of(look, subject), *seen)
     report = Report(
         sites=tuple(site.record for site in look.sites),
         before=look.measurement,
@@ -88,12 +89,7 @@ def audit(
         suppressed=told.suppressed,
         changes=(),
         plan=Plan(),
-        notes=(
-            *advice(rulebook, told.findings, look),
-            *notes_of(look, subject),
-            *seen,
-            *asked.notes,
-        ),
+        notes=(*notes, *asked.notes),
         live=partial(engagement_of, asked.optimizer),
     )
     return _shown(report, verbose)
