@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Lies in .venv from the start of an installation to its end; where it is found, .venv is made anew.
 HALF_MADE := .venv/.half-made
 
-.PHONY: demo test lint clean
+.PHONY: demo test docs lint clean
 .NOTPARALLEL:
 
 demo: .venv/.demo
@@ -13,6 +13,10 @@ demo: .venv/.demo
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+docs: .venv/.docs
+	$(BIN)/sphinx-build -W -q -b html docs docs/_build
+	@echo 'The documentation lies in docs/_build/index.html.'
+
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -20,6 +24,7 @@ lint: .venv/.test
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis rnnguard-*.html
+	rm -rf docs/_build docs/rules docs/remedies docs/scenarios.md
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.demo: pyproject.toml constraints.txt
@@ -29,11 +34,14 @@ clean:
 	$(call install,.[test])
 	@touch .venv/.demo
 
+.venv/.docs: pyproject.toml constraints.txt
+	$(call install,.[docs])
+
 # The pins stand in two variables, since newer pip reads the second for what the build needs.
 define install
 $(call stop_if,$(complaint))
 @$(whole) || { rm -rf .venv && mkdir .venv && touch $(HALF_MADE) && $(PYTHON) -m venv .venv; }
-@rm -f .venv/.demo .venv/.test && touch $(HALF_MADE)
+@rm -f .venv/.demo .venv/.test .venv/.docs && touch $(HALF_MADE)
 @echo 'Installing into .venv; the first time this takes some minutes ...'
 @PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
   PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -e '$(1)'

@@ -44,7 +44,11 @@ def _write(file: Path, text: str) -> None:
 
 
 def _rule(rule: Rule, drawn: bool) -> str:
-    shown = f"\n\n## Gradient by lag\n\n![{rule.name}, sick and healthy]({rule.code}.svg)"
+    shown = (
+        f"\n\n## Gradient by lag\n\n![{rule.name}, sick and healthy]({rule.code}.svg)\n\n"
+        "Left the example, right its healthy twin; the grey lines are the bounds of fading (0.05) "
+        "and of vanishing (1e-6)."
+    )
     return rule_page(rule) + (shown if drawn else "")
 
 

@@ -16,7 +16,7 @@ from rnnguard.report.report import Report
 
 TITLES: dict[Kind, str] = {"example": "as in the example", "twin": "healthy twin"}
 # Without these two the file would differ from run to run.
-STEADY: dict[str, Any] = {"svg.hashsalt": "rnnguard", "svg.fonttype": "none"}
+STEADY: Any = {"svg.hashsalt": "rnnguard", "svg.fonttype": "none"}
 NO_DATE: dict[str, Any] = {"Date": None}
 
 
