@@ -10,13 +10,23 @@ from rnnguard.inspection.loops import find_loops
 from rnnguard.inspection.pathways import made_from
 from rnnguard.inspection.recording import Recording, tensors_in
 from rnnguard.inspection.sites import find_sites
-from rnnguard.inspection.written import written_sites
+from rnnguard.inspection.written import relative, written_sites
 from rnnguard.probe.stillness import differ
 
 
 def kept_tensors(recording: Recording) -> list[Tensor]:
     """What the model still holds of a run and may read in the next one."""
     return [tensor for tensor in recording.kept.values() if tensor.is_floating_point()]
+
+
+def made_at(recording: Recording, kept: Tensor) -> str | None:
+    """The user's file:line of the call that made a kept tensor."""
+    node = next(node for node, tensor in recording.kept.items() if tensor is kept)
+    while node.meta.get("name") == "item":
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return relative(node.meta.get("location"))
 
 
 def carried_over(model: nn.Module, again: Recording) -> dict[str, list[fx.Node]]:

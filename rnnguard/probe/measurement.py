@@ -25,7 +25,12 @@ from rnnguard.inspection.sites import (
 from rnnguard.inspection.written import WrittenSite, relative, rounds, written_sites
 from rnnguard.measurements import Measurement, Provenance, RunReadings, Site, SiteReadings
 from rnnguard.probe.backflow import Backflow
-from rnnguard.probe.carryover import answers_differently, carried_over, kept_tensors
+from rnnguard.probe.carryover import (
+    answers_differently,
+    carried_over,
+    kept_tensors,
+    made_at,
+)
 from rnnguard.probe.gradients import Gradients, gradient_norms
 from rnnguard.probe.layer_ratio import layer_ratio
 from rnnguard.probe.nonfinite import first_nonfinite
@@ -68,14 +73,15 @@ def measure(subject: Subject) -> Look:
         # Inside, since some models make their recurrent weights anew in every forward.
         sites = [_measured(subject, site) for site in native]
         sites += [_measured_written(subject, site, flow) for site, flow in written]
-        sites, graph_kept = _with_carryover(subject, recording, sites)
+        sites, kept = _with_carryover(subject, recording, sites)
         reseed(subject.seed)
         gradients = gradient_norms(model, batches, subject.seed)
         if subject.usage is None:
             usage = proven(usage, recording, subject, found, gradients)
         first_bad = _first_bad(subject, gradients.first_bad)
     run = run_readings(subject, gradients, time.perf_counter() - started)
-    run = usage.of_run(run.model_copy(update={"graph_kept": graph_kept, **first_bad}))
+    places = {name: place for each in (kept, first_bad) for name, place in each["places"].items()}
+    run = usage.of_run(run.model_copy(update=kept | first_bad | {"places": places}))
     ratios = {site.record.path: layer_ratio(site, gradients.by_parameter) for site in native}
     sites = [s.model_copy(update={"layer_ratio": ratios.get(s.path)}) for s in sites]
     signature = tuple(_form(tensor) for tensor in tensors_in(recording.result))
@@ -86,10 +92,11 @@ def measure(subject: Subject) -> Look:
 def _first_bad(subject: Subject, batch: int | None) -> dict[str, Any]:
     """The first value of that batch that is not finite, in words and by the user's line."""
     if batch is None:
-        return {}
+        return {"places": {}}
     found = first_nonfinite(subject, batch)
     if found is None:
-        return {"first_nonfinite": f"batch {batch}, not found again when run once more"}
+        words = f"batch {batch}, not found again when run once more"
+        return {"first_nonfinite": words, "places": {}}
     places = {} if found.location is None else {"nonfinite": str(relative(found.location))}
     return {"first_nonfinite": str(found), "places": places}
 
@@ -103,26 +110,28 @@ def unmeasured(subject: Subject) -> Look:
 
 def _with_carryover(
     subject: Subject, recording: Recording, sites: list[SiteReadings]
-) -> tuple[list[SiteReadings], bool]:
+) -> tuple[list[SiteReadings], dict[str, Any]]:
     """The sites that go on from the state of the batch before, and whether its graph is kept."""
     kept = kept_tensors(recording)
     if not kept:
-        return sites, False
+        return sites, {"places": {}}
     held = holders(subject.model, kept)
     reseed(subject.seed)
     again = recorded(subject, subject.largest, kept)
     carried = carried_over(subject.model, again)
     silent = answers_differently(recording, again)
     reset = resets(subject.model, carried, held, subject.batches.step) if silent else {}
-    names = {str(node.target) for nodes in carried.values() for node in nodes}
-    with_graph = {f"kept{i}" for i, tensor in enumerate(kept) if tensor.grad_fn is not None}
     told = [
         site.model_copy(
             update={"carried_over": site.path in carried, "resettable": reset.get(site.path)}
         )
         for site in sites
     ]
-    return told, not names.isdisjoint(with_graph)
+    read = {str(node.target) for nodes in carried.values() for node in nodes}
+    with_graph = [t for i, t in enumerate(kept) if t.grad_fn is not None and f"kept{i}" in read]
+    place = next((made_at(recording, tensor) for tensor in with_graph), None)
+    places = {} if place is None else {"graph_kept": place}
+    return told, {"graph_kept": bool(with_graph), "places": places}
 
 
 def cells_in(loops: Iterable[Loop]) -> set[fx.Node]:
