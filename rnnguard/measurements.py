@@ -213,8 +213,9 @@ class RunReadings(RunUsage):
     Of a trial: `spike_rate`, `clip_fraction` and `skip_rate` are shares of its steps,
     `update_ratio` is log10 of |change| / |weight| of the recurrent weights per step,
     `loss_change` the loss at its end minus that at its start, `loss_rise` the loss at its end
-    minus that of the untouched model, as a share of that, `improved` whether it fell
-    clearly, `graph_kept` whether a step failed because a state kept the graph of the last one.
+    minus that of the untouched model, as a share of that and 0 within its error, `improved`
+    whether it fell clearly, `graph_kept` whether a step failed because a state kept the graph of
+    the last one. `weight_decay` is the largest on a bias of the recurrences.
     """
 
     basis: Basis

@@ -146,7 +146,9 @@ def watched(
         cure = "Give the optimizer that the training step takes."
         raise RefusedError.of("RG912", "train_step", "there is no optimizer to step.", cure)
     seen = watch_steps(subject, optimizer, train_step)
-    source = source_readings(subject.model, train_step=train_step)
+    batches = subject.batches
+    functions = {"loss": batches.loss, "step": batches.step, "train_step": train_step}
+    source = source_readings(subject.model, **functions)
     found = source | seen.readings
     run = look.measurement.run
     places = run.places | source["places"] | seen.readings.get("places", {})

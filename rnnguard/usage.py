@@ -49,9 +49,9 @@ class RunUsage(Record):
 
     `leakage`: share of a sample's input gradient that lies on other samples, `mixed_axis` in
     words where they meet. `parameters_idle`: trainable tensors without any gradient.
-    `parameters_foreign`: tensors in the optimizer that are not the model's. `detach_unused`:
-    statements that detach and drop the result. `graph_retained`: the last backward of a step
-    keeps its graph.
+    `missing_names`: those that get one and are not in the optimizer. `parameters_foreign`:
+    tensors in the optimizer that are not the model's. `detach_unused`: statements that detach
+    and drop the result. `graph_retained`: the last backward of a step keeps its graph.
 
     From watching real training steps, of which there were `watched_steps`: `clip_order`,
     `clip_scaled` (the clip met gradients still multiplied by the loss scale), `clip_norm` (its
@@ -66,6 +66,7 @@ class RunUsage(Record):
     mixed_axis: str = ""
     parameters_idle: int = 0
     idle_names: str = ""
+    missing_names: str = ""
     parameters_foreign: int = 0
     detach_unused: int = 0
     graph_retained: bool = False

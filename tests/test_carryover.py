@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,6 +72,99 @@ def test_a_state_that_goes_on(how: str, carried: bool, graph: bool) -> None:
 def test_a_hand_written_state_that_goes_on() -> None:
     report = rnnguard.audit(OwnStateful(), inputs=torch.randn(B, T, F))
     assert [site.carried_over for site in report.now.sites] == [True]
+
+
+class StatefulLSTM(nn.Module):
+    """Keeps its state with the graph, and does something about it when it reads it."""
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.rnn, self.read = nn.LSTM(F, H, 2, batch_first=True), read
+        self.state: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, self.state = self.rnn(x, None if self.state is None else self.read(self.state))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("read", "graph"),
+    [
+        (lambda s: s, True),
+        (lambda s: (s[0].detach(), s[1]), True),
+        (lambda s: (0.5 * s[0], s[1].detach()), True),
+        (lambda s: (s[0].detach(), s[1].detach()), False),
+        (lambda s: tuple(v.data for v in s), False),
+        (lambda s: tuple(v.detach_() for v in s), False),
+    ],
+)
+def test_a_state_may_be_detached_where_it_is_read(read: Callable[[Any], Any], graph: bool) -> None:
+    report = rnnguard.audit(StatefulLSTM(read), inputs=torch.randn(B, T, F))
+    assert report["rnn"].carried_over
+    assert report.now.run.graph_kept is graph
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(F, H, batch_first=True)
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, state = self.rnn(x, state)
+        return out, state
+
+
+class Loop:
+    """A training loop that keeps the state itself."""
+
+    def __init__(self, detach: bool) -> None:
+        self.state: Tensor | None = None
+        self.detach, self.losses = detach, list[Any]()
+        self.losses.append(self.losses)
+
+    def step(self, model: nn.Module, x: Tensor) -> Tensor:
+        out, state = model(x, self.state)
+        self.state = state.detach() if self.detach else state
+        loss: Tensor = out.square().mean()
+        self.losses.append(loss)
+        return loss
+
+
+def in_closure(detach: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    state: Tensor | None = None
+
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        nonlocal state
+        out, end = model(x, state)
+        state = end.detach() if detach else end
+        loss: Tensor = out.square().mean()
+        return loss
+
+    return step
+
+
+SHARED: dict[str, Any] = {"state": None}
+
+
+def in_a_global(detach: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        out, end = model(x, SHARED["state"])
+        SHARED["state"] = end.detach() if detach else end
+        loss: Tensor = out.square().mean()
+        return loss
+
+    SHARED["state"] = None
+    return step
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("made", [lambda d: Loop(d).step, in_closure, in_a_global])
+def test_a_state_that_the_users_step_keeps(made: Callable[[bool], Any], detach: bool) -> None:
+    data = [torch.randn(B, T, F) for _ in range(3)]
+    report = rnnguard.audit(Decoder(), data=data, step=made(detach))
+    assert report["rnn"].carried_over
+    assert report.now.run.graph_kept is not detach
+    assert "RG303" not in {finding.code for finding in report.findings}
 
 
 @pytest.mark.parametrize(("how", "recordings"), [("none", 1), ("detached", 2)])

@@ -119,12 +119,18 @@ def codes(found: tuple[Finding, ...]) -> list[str]:
     return [finding.code for finding in found]
 
 
+SHORT = {"cell": "rnn_tanh", "level": "at risk: fading", "memory_needed": 10}
+
+
 @pytest.mark.parametrize(
     ("expected", "fields"),
     [
         ([], {}),
         (["RG101"], {"forget_bias": 0.0, "level": "unknown"}),
         (["RG102"], {"forget_bias_doubled": True}),
+        ([], {"forget_bias_doubled": True, "forget_bias": 1.0}),
+        (["RG105"], SHORT | {"memory_source": "estimated"}),
+        ([], SHORT | {"memory_source": "assumed"}),
         (["RG104"], {"whole_matrix_orthogonal": True}),
         (["RG107"], {"saturation": 0.81}),
         ([], {"saturation": 0.8}),
@@ -138,7 +144,8 @@ def codes(found: tuple[Finding, ...]) -> list[str]:
         (["RG305"], {"level": "truncated"}),
         (["RG401"], {"level": "vanishing"}),
         (["RG402"], {"level": "exploding"}),
-        (["RG407"], {"level": "at risk: fading"}),
+        (["RG407"], {"level": "at risk: fading", "retention_at_memory": -3.0}),
+        ([], {"level": "at risk: fading", "retention_at_memory": -1.0}),
         ([], {"level": "at risk: fading", "memory_needed": 10}),
         (
             ["RG408"],
@@ -179,10 +186,30 @@ def test_what_fires_of_the_run(
 
 
 @pytest.mark.parametrize(
+    ("severity", "fields"),
+    [
+        ("warning", {"clip_use": "always", "clip_norm": 0.001}),
+        ("info", {"clip_use": "always", "clip_norm": 0.25}),
+        ("info", {"clip_use": "never", "clip_norm": 1e6}),
+        ("error", {"clip_use": "not positive", "clip_norm": -1.0}),
+        ("info", {"nonfinite_passed": True, "precision": "bf16"}),
+        ("warning", {"nonfinite_passed": True, "precision": "fp16"}),
+    ],
+)
+def test_how_bad_it_is(rulebook: Rulebook, severity: str, fields: dict[str, Any]) -> None:
+    (found,) = findings_of(rulebook, measurement(site_readings(), **fields))
+    assert found.severity == severity
+
+
+@pytest.mark.parametrize(
     ("cause", "folded", "fields"),
     [
         ("RG401", "RG101", {"level": "vanishing", "forget_bias": 0.0}),
-        ("RG407", "RG101", {"level": "at risk: fading", "forget_bias": 0.0}),
+        (
+            "RG407",
+            "RG101",
+            {"level": "at risk: fading", "forget_bias": 0.0, "retention_at_memory": -3.0},
+        ),
         ("RG401", "RG105", {"level": "vanishing", "cell": "rnn_tanh"}),
         (
             "RG106",
@@ -260,7 +287,7 @@ def test_a_finding_of_the_audit_itself(rulebook: Rulebook) -> None:
 
 def test_warning_when_raises_an_info(own_book: Rulebook) -> None:
     (rule,) = own_book.rules
-    fields = {"severity": "info", "warning_when": rule.error_when, "error_when": None}
+    fields = {"severity": "info", "warning_when": rule.error_when, "error_when": ()}
     book = own_book.model_copy(update={"rules": (rule.model_copy(update=fields),)})
     found = [findings_of(book, measurement(site_readings(effective_length=n))) for n in (10, 4)]
     assert [finding.severity for (finding,) in found] == ["info", "warning"]

@@ -57,11 +57,11 @@ cell = lstm, steps > 1000
 
 ## A warning when
 
-steps > 2000
+* steps > 2000
 
 ## An error when
 
-steps > 9000
+* steps > 9000
 
 ## Example
 
@@ -108,7 +108,10 @@ def test_a_rule_as_data_says_the_same(own: Rulebook) -> None:
     (data,) = json.loads(rules_told(own, "RG790", False, "json"))
     assert data == rule_data(own.rule("slow"))
     assert data["when"] == {"cell": "= lstm", "steps": "> 1000"}
-    assert (data["warning_when"], data["error_when"]) == ({"steps": "> 2000"}, {"steps": "> 9000"})
+    assert (data["warning_when"], data["error_when"]) == (
+        [{"steps": "> 2000"}],
+        [{"steps": "> 9000"}],
+    )
     words = ("method", "how", "twin", "implied_by")
     assert [data[word] for word in words] == [
         "recorded step", "A clock is read.", "model = nn.GRU(5, 8)", ["RG401", "RG402"],

@@ -48,6 +48,13 @@ def test_a_layer_that_is_never_used(options: Any) -> None:
     assert idle(Net(old=nn.Linear(H, 3)), **options) == UNUSED
 
 
+def test_what_the_optimizer_does_not_hold_is_left_out_on_purpose() -> None:
+    model = Net(old=nn.Linear(H, 3))
+    for parameters, expected in [(model.parameters(), UNUSED), (model.head.parameters(), ())]:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        assert idle(model, loss=CE, optimizer=optimizer) == expected
+
+
 def test_with_the_users_own_step() -> None:
     def step(model: nn.Module, batch: Any) -> Any:
         return CE(model(batch[0]), batch[1])

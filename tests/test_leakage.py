@@ -10,13 +10,17 @@ import torch
 from factories import subject
 from torch import Tensor, nn
 
+import rnnguard
 from rnnguard.inspection.recording import record
 from rnnguard.inspection.sites import find_sites
 from rnnguard.probe.leakage import Leakage, leakage
 from rnnguard.probe.snapshot import fingerprint, untouched
 
 B, T, F, H = 6, 11, 5, 16
-X, IDS, Y = torch.randn(B, T, F), torch.randint(20, (B, T)), torch.randint(3, (B,))
+_SEED = torch.Generator().manual_seed(0)
+X = torch.randn(B, T, F, generator=_SEED)
+IDS = torch.randint(20, (B, T), generator=_SEED)
+Y = torch.randint(3, (B,), generator=_SEED)
 CE = nn.CrossEntropyLoss()
 Read = Callable[..., Any]
 
@@ -199,3 +203,11 @@ def test_cells_in_a_loop_and_a_state_that_goes_on() -> None:
 
     found = share(Loop(), IDS, Y, loss=lambda out, y: CE(out["logits"], y))
     assert found == Leakage(0.0)
+
+
+def test_the_audit_names_the_view_that_mixes_them() -> None:
+    model = made(final_view, nn.GRU(F, H, batch_first=True, bidirectional=True))
+    report = rnnguard.audit(model, data=(X, torch.randn(B, 3)), loss=nn.MSELoss())
+    places = {f.code: f.location for f in report.findings if f.code in ("RG203", "RG205")}
+    assert len(places) == 2 and len(set(places.values())) == 1
+    assert None not in places.values()

@@ -113,8 +113,8 @@ def test_optimizer_kinds(build: Any, expected: str) -> None:
 def test_what_is_read_of_the_optimizer() -> None:
     model = Net()
     groups = [
-        {"params": model.lstm.parameters(), "lr": 0.5},
-        {"params": [model.head.weight], "weight_decay": 0.25},
+        {"params": model.lstm.parameters(), "lr": 0.5, "weight_decay": 0.25},
+        {"params": [model.head.weight], "weight_decay": 0.5},
     ]
     optimizer = Adam(groups, lr=0.1, amsgrad=True)
     run = look(model, optimizer).measurement.run
@@ -122,6 +122,21 @@ def test_what_is_read_of_the_optimizer() -> None:
     assert (run.parameters_missing, run.scheduled) == (1, False)
     StepLR(optimizer, 1)
     assert look(model, optimizer).measurement.run.scheduled
+
+
+def test_a_copy_without_gradient_is_not_missing_in_the_optimizer() -> None:
+    both: Any = nn.ModuleDict({"online": Net(), "target": Net()})
+    optimizer = Adam(both["online"].lstm.parameters())
+    step = {"loss": None, "step": lambda model, batch: _distance(model, batch[0])}
+    run = look(both, optimizer, **step).measurement.run
+    assert run.parameters_missing == 2
+    assert run.missing_names == "`online.head.weight` and `online.head.bias`"
+
+
+def _distance(model: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        aim = model["target"](x)
+    return (model["online"](x) - aim).square().mean()
 
 
 def test_a_stepped_optimizer_means_trained_weights() -> None:

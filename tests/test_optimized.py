@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 from torch.optim import SGD
 
-from rnnguard.inspection.optimized import foreign_parameters, missing_parameters
+from rnnguard.inspection.optimized import decay_on_biases, foreign_parameters, missing_parameters
 
 
 def tagger() -> Any:
@@ -45,3 +45,23 @@ def test_a_loss_with_weights_of_its_own(given: bool) -> None:
     optimizer = SGD([*model.parameters(), *loss.parameters()], lr=0.1)
     found = foreign_parameters(model, optimizer, loss if given else None)
     assert len(found) == (0 if given else 2)
+
+
+def test_the_decay_that_counts_is_that_of_a_recurrences_biases() -> None:
+    model = tagger()
+    lstm, head = {"params": model["lstm"].parameters()}, {"params": model["head"].parameters()}
+    assert decay_on_biases(model, SGD([lstm, head | {"weight_decay": 0.5}], lr=0.1)) == 0
+    assert decay_on_biases(model, SGD([lstm | {"weight_decay": 0.25}, head], lr=0.1)) == 0.25
+    plain = nn.Linear(3, 3)  # whose recurrence may be written by hand
+    assert decay_on_biases(plain, SGD(plain.parameters(), lr=0.1, weight_decay=0.5)) == 0.5
+
+
+def test_a_decay_that_spares_the_biases() -> None:
+    model = nn.LSTM(5, 16)
+    named = dict(model.named_parameters())
+    biases = [p for name, p in named.items() if "bias" in name]
+    weights: Any = {
+        "params": [p for name, p in named.items() if "weight" in name],
+        "weight_decay": 0.1,
+    }
+    assert decay_on_biases(model, SGD([weights, {"params": biases}], lr=0.1)) == 0

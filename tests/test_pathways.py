@@ -89,9 +89,9 @@ def padded(lengths: list[int], pad: float = 0.0) -> Tensor:
 
 
 @pytest.mark.parametrize("pad", [0.0, -1.0])
-def test_padding_is_a_row_that_several_sequences_end_in(pad: float) -> None:
-    lengths = [15, 12, 9, 3]
-    full = torch.full((4,), T)
+@pytest.mark.parametrize("lengths", [[15, 12, 9, 3], [15, 14, 14, 9, 3]])
+def test_padding_is_a_row_that_several_sequences_end_in(pad: float, lengths: list[int]) -> None:
+    full = torch.full((len(lengths),), T)
     assert real_lengths(padded(lengths, pad), full).tolist() == lengths
 
 

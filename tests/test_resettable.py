@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,6 +190,21 @@ def test_the_users_step_can() -> None:
 
     assert answers(Keeps(), step) == {"rnn": True}
     assert answers(Keeps(), lambda model, batch: model(batch).sum()) == {"rnn": False}
+
+
+def test_a_script_beside_the_model_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in ("from model import Keeps\nnet.other = None", "job.ended = None"):
+        (tmp_path / "train.py").write_text(text, encoding="utf-8")
+        assert answers(Keeps()) == {"rnn": False}
+    text = "def run():\n    from model import Keeps\n    Keeps().ended = None"
+    (tmp_path / "train.py").write_text(text, encoding="utf-8")
+    assert answers(Keeps()) == {"rnn": True}
+
+
+def test_nobody_knows_what_else_a_notebook_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    assert answers(Keeps()) == {"rnn": True}
 
 
 def test_a_class_without_a_file() -> None:

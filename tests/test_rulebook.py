@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from factories import measurement, site_readings
 
+from rnnguard.decision.diagnosis import findings_of
 from rnnguard.decision.rulebook import Rulebook, load_rulebook, rules_folder
 from rnnguard.decision.settings import Settings
 from rnnguard.errors import RulesError
@@ -324,12 +326,12 @@ def test_settings_name_what_is_not_there(tmp_path: Path, text: str, said: str) -
 def test_a_fixed_severity_neither_rises_nor_falls(tmp_path: Path) -> None:
     rises = RULE + 'error_when = { steps = "> 9000" }\n'
     folder = written(tmp_path / "mine", "rules.toml", rises)
-    assert load_rulebook([folder]).rule("slow").error_when is not None
+    assert load_rulebook([folder]).rule("slow").error_when
     fixed = load_rulebook([folder, Settings(severity={"RG79": "info"})]).rule("slow")
-    assert (fixed.severity, fixed.error_when) == ("info", None)
+    assert (fixed.severity, fixed.error_when) == ("info", ())
     # What is off keeps its severity: it is left out when findings are selected.
     off = load_rulebook([folder, Settings(severity={"slow": "off"})])
-    assert off.rule("slow").error_when is not None
+    assert off.rule("slow").error_when
     assert not off.settings.wants("RG790", "slow")
 
 
@@ -339,3 +341,13 @@ def test_settings_follow_each_other(tmp_path: Path) -> None:
     assert found.ignore == ("RG4", "RG2")
     assert load_rulebook([file]).rule("RG501").severity == "error"
     assert load_rulebook().settings == Settings()
+
+
+def test_a_severity_rises_where_one_of_several_tables_holds(tmp_path: Path) -> None:
+    rises = 'warning_when = [{ steps = "> 2000" }, { batch = 1 }]\n'
+    text = RULE.replace('"warning"', '"info"') + rises
+    (rule,) = load_rulebook([written(tmp_path, "rules.toml", text)]).rules[-1:]
+    looks = [measurement(site_readings(steps=1500, **more)) for more in ({}, {"batch": 1})]
+    book = Rulebook(rules=(rule,), scenarios=())
+    found = [finding.severity for look in looks for finding in findings_of(book, look)]
+    assert found == ["info", "warning"]

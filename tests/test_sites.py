@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
+from rnnguard.inspection.recording import record
 from rnnguard.inspection.sites import (
     left_alone,
     paths_of,
@@ -382,6 +383,25 @@ def test_cells_in_a_plain_list_are_named_by_their_place() -> None:
     assert file == __file__
     source = Path(__file__).read_text(encoding="utf-8").splitlines()
     assert source[int(line) - 1].strip() == "return self.head(self.cells[0](x))"
+
+
+@pytest.mark.parametrize("how", ["in a step", "frozen", "without gradient"])
+def test_a_network_beside_the_model_is_no_mistake(how: str) -> None:
+    class WithTeacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.teacher = nn.GRU(F, H), [nn.GRU(F, H).requires_grad_(how != "frozen")]
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(how != "without gradient"):
+                told = self.teacher[0](x)[0]
+            return self.rnn(x)[0] - told
+
+    x, critic = torch.randn(T, B, F), nn.GRU(H, 1)
+    model: nn.Module = Net(nn.LSTM(F, H)) if how == "in a step" else WithTeacher()
+    found = record(lambda: critic(model(x)), model, x) if how == "in a step" else recorded(model, x)
+    assert len(found.calls) == 2
+    assert unregistered_calls(model, found) == []
 
 
 def test_a_registered_module_is_no_unregistered_call() -> None:

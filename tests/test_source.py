@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from rnnguard.inspection.own_code import own_functions
+import rnnguard
 from rnnguard.inspection.source import retained_graph, source_readings, unused_detaches
 
 HEAD = "import torch\nfrom torch import nn\n\n"
@@ -224,23 +224,25 @@ def test_source_that_does_not_parse(written: Any) -> None:
     assert unused_detaches(nn.LSTM(5, 16), module.step) == []
 
 
-def test_own_functions_are_neither_torchs_nor_ours() -> None:
-    import rnnguard.nn
+def test_a_watched_training_step_leaves_what_step_does_told(written: Any) -> None:
+    module = written("""
+        def step(model, batch):
+            out, state = model(batch[:4])
+            state.detach()
+            return model(batch[4:], state)[0].square().mean()
 
-    model = nn.Sequential(nn.LSTM(5, 16), rnnguard.nn.LayerNormLSTM(16, 8))
-    assert own_functions(model, nn.MSELoss(), nn.functional.relu, None, torch.relu) == []
-
-
-def test_own_functions_of_callables() -> None:
-    from functools import partial
-
-    class Step:
-        def __call__(self, batch: Any) -> Any:
-            return self.inner(batch)
-
-        def inner(self, batch: Any) -> Any:
-            return batch
-
-    names = {f.__name__ for f in own_functions(Step())}
-    assert names == {"__call__", "inner"}
-    assert {f.__name__ for f in own_functions(partial(Step().inner, 1))} == {"inner"}
+        def train_step(model, optimizer, batch):
+            optimizer.zero_grad()
+            model(batch)[0].square().mean().backward()
+            optimizer.step()
+    """)
+    model = nn.GRU(5, 16)
+    report = rnnguard.audit(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        [torch.randn(8, 3, 5)],
+        step=module.step,
+        train_step=module.train_step,
+    )
+    (finding,) = [f for f in report.findings if f.code == "RG302"]
+    assert str(finding.location).endswith(":7")

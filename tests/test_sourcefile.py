@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from rnnguard.inspection.sourcefile import SourceFile, classes_of, is_foreign
+from rnnguard.inspection.sourcefile import SourceFile, classes_of
 
 TEXT = """\
     @decorated
@@ -74,6 +74,5 @@ def test_a_file_that_is_not_there_is_empty() -> None:
     assert (missing.text, [*missing.statement_of(3)]) == ("", [3])
 
 
-def test_torchs_classes_are_foreign_and_have_no_source() -> None:
-    assert is_foreign(nn.LSTM) and not is_foreign(SourceFile)
+def test_torchs_classes_have_no_source() -> None:
     assert classes_of(nn.LSTM, {}) == ()

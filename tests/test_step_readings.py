@@ -15,18 +15,26 @@ def events(*calls: str) -> list[Event]:
     """One string per call of the training step, one letter per event.
 
     z: clear, b: backward, B: one that retains its graph, g: autograd.grad, c: clip to 1,
-    C: one of another optimizer's gradients, s: step.
+    C: one of another optimizer's gradients, 0: clip to nothing, x: the gradients are taken away
+    without a call, s: step.
     """
     found: list[Event] = []
     norm = 0.0
-    kinds: dict[str, Any] = {"z": "clear", "b": "backward", "g": "grad", "c": "clip", "s": "step"}
+    kinds: dict[str, Any] = {"z": "clear", "b": "backward", "g": "grad", "c": "clip", "s": "step",
+                             "0": "clip"}  # fmt: skip
     for number, letters in enumerate(calls):
         for position, letter in enumerate(letters):
+            if letter == "x":
+                norm = 0.0
+                continue
             event = Event(kinds[letter.lower()], number, f"step.py:{position}", norm)
-            norm = {"z": 0.0, "b": norm + 3.0, "c": min(norm, 1.0)}.get(letter.lower(), norm)
+            norm = {"z": 0.0, "0": 0.0, "b": norm + 3.0, "c": min(norm, 1.0)}.get(
+                letter.lower(), norm
+            )
             event.after, event.retained, event.taken = norm, letter == "B", letter == "s"
             if event.kind == "clip":
-                event.touched, event.threshold, event.size = letter == "c", 1.0, event.before
+                event.touched, event.threshold = letter != "C", 0.0 if letter == "0" else 1.0
+                event.size = event.before
             found.append(event)
     return found
 
@@ -87,12 +95,27 @@ def test_a_retained_graph(calls: tuple[str, ...], retained: bool) -> None:
         (("bs", "bzbs"), False, False),
         (("bzs", "bzs"), False, True),
         (("bzs", "zbs"), False, False),
+        (("bxs", "bxs"), False, True),
+        (("bcxs", "bcxs"), False, True),
+        (("zb0s", "zb0s"), False, False),
         (("zs", "zs"), False, False),
     ],
 )
 def test_clearing(calls: tuple[str, ...], piled: bool, wiped: bool) -> None:
     found = readings(*calls)
     assert (found["never_cleared"], found["cleared_before_step"]) == (piled, wiped)
+
+
+def test_the_place_where_gradients_are_taken_away_without_a_call() -> None:
+    places = readings("bxs", "bxs")["places"]
+    assert places["cleared_before_step"] == "step.py:2"
+
+
+def test_gradients_that_are_no_number_are_not_cleared() -> None:
+    seen = events("bzs", "bzs")
+    for event in seen:
+        event.before = math.nan if event.kind == "step" else event.before
+    assert step_readings(seen, half=False, scaled=False)["cleared_before_step"] is False
 
 
 def test_no_step_tells_nothing() -> None:
@@ -120,6 +143,14 @@ def test_one_step_is_too_few_to_say_always() -> None:
 def test_half_precision(half: bool, scaled: bool, told: bool) -> None:
     seen = events("zbs", "zbs")
     assert step_readings(seen, half=half, scaled=scaled)["fp16_unscaled"] is told
+
+
+@pytest.mark.parametrize(("scale", "unscaled"), [(1024.0, False), (2.0, True)])
+def test_a_loss_scaled_by_hand_under_a_clip(scale: float, unscaled: bool) -> None:
+    seen = events("zbcs", "zbcs")
+    for event in seen:
+        event.after *= scale if event.kind == "backward" else 1.0
+    assert step_readings(seen, half=True, scaled=False)["fp16_unscaled"] is unscaled
 
 
 @pytest.mark.parametrize(("unit", "met", "told"), [(1024.0, 3.0, True), (1.0, 3.0, False),

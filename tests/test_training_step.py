@@ -348,6 +348,42 @@ def test_a_clip_of_another_model_does_not_count() -> None:
     assert watched(adversarial).readings["clip_order"] == "none"
 
 
+# --- whose parameters ---------------------------------------------------------------------------
+
+
+def _shared_out(train_step: Step) -> Watched:
+    """Watched with an optimizer that holds the recurrence alone."""
+    model, data = Forecaster(), batches()
+    optimizer = Adam(model.rnn.parameters(), lr=0.01)
+    return watch_steps(_subject(model, optimizer, data), optimizer, train_step)
+
+
+def test_another_optimizer_trains_the_rest() -> None:
+    def train_step(model: Any, optimizer: Any, batch: Any) -> None:
+        model.zero_grad()
+        error(model, batch).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        SGD(model.head.parameters(), lr=0.1).step()
+
+    found = _shared_out(train_step).readings
+    assert (found["parameters_missing"], found["missing_names"]) == (0, "")
+
+
+def test_a_copy_is_kept_up_by_hand() -> None:
+    def train_step(model: Any, optimizer: Any, batch: Any) -> None:
+        clipped(model, optimizer, batch)
+        model.head.weight.data.mul_(0.99)
+
+    found = _shared_out(train_step).readings
+    assert (found["parameters_missing"], found["missing_names"]) == (1, "`head.bias`")
+
+
+def test_what_nothing_moves_is_left_to_the_look_before() -> None:
+    assert "parameters_missing" not in _shared_out(clipped).readings
+    assert "parameters_missing" not in watched(clipped).readings
+
+
 # --- scaler and precision -----------------------------------------------------------------------
 
 
@@ -410,7 +446,8 @@ def test_half_precision_without_a_scaler(dtype: torch.dtype | None, unscaled: bo
     assert found["fp16_unscaled"] is unscaled
 
 
-def test_a_loss_scaled_by_hand() -> None:
+@pytest.mark.parametrize("clips", [True, False])
+def test_a_loss_scaled_by_hand(clips: bool) -> None:
     def train_step(model: Any, optimizer: Any, batch: Any) -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.float16):
@@ -418,6 +455,8 @@ def test_a_loss_scaled_by_hand() -> None:
         (loss * 512).backward()
         for parameter in model.parameters():
             parameter.grad /= 512
+        if clips:
+            clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
 
     assert watched(train_step).readings["fp16_unscaled"] is False
@@ -667,7 +706,19 @@ def test_a_step_that_raises_is_told() -> None:
     found = watched(plain, Stateful())
     assert found.words is not None and "second time" in found.words
     assert found.words.endswith("(a state kept from the batch before, see RG301).")
-    assert found.readings["watched_steps"] == 1
+    assert found.readings["watched_steps"] == 1 and found.readings["graph_kept"]
+
+
+def test_a_graph_that_is_run_through_twice_in_one_step_is_none_kept() -> None:
+    def twice(model: Any, optimizer: Any, batch: Any) -> None:
+        plain(model, optimizer, batch)
+        loss = model(batch[0]).square().sum()
+        loss.backward()
+        loss.backward()
+
+    found = watched(twice)
+    assert found.words is not None and "second time" in found.words
+    assert "graph_kept" not in found.readings
 
 
 def test_a_step_that_raises_at_once_is_told() -> None:

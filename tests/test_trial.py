@@ -569,7 +569,7 @@ def test_every_step_sees_its_batch_as_it_was_given() -> None:
     model, data = Telling(), signs(2)
     _seen.clear()
     tried(model, SGD(model.parameters(), lr=0.1), 5, data=data)
-    before_any_step = [0, 1]
+    before_any_step = [0, 1] * 2
     steps = [step % 2 for step in range(5)]
     assert _seen == [float(data[batch][0].sum()) for batch in (*before_any_step, *steps)]
 
@@ -594,6 +594,14 @@ def test_the_same_trial_twice() -> None:
     second = tried(model, optimizer)
     assert first.losses == second.losses and first.norms == second.norms
     assert len(set(first.losses)) == 8
+
+
+@pytest.mark.parametrize(("dropout", "noisy"), [(0.5, True), (0.0, False)])
+def test_the_noise_of_a_loss(dropout: float, noisy: bool) -> None:
+    model = Classifier(num_layers=2, dropout=dropout)
+    trial = tried(model, SGD(model.parameters(), lr=1e-6))
+    assert (trial.noise > 0) is noisy
+    assert trial.starts and trial.loss_rise is not None and abs(trial.loss_rise) < 1e-3
 
 
 def test_gradients_are_the_same_objects_with_the_same_bits() -> None:

@@ -53,6 +53,26 @@ def test_a_first_step_that_explodes_is_a_spike() -> None:
     assert trial([math.inf, 1.0, 20.0, 1.0, 1.0, 1.0]).spikes == (0, 2)
 
 
+def test_the_rise_of_a_loss_about_zero() -> None:
+    fields = {"losses": (0.01, -0.03, 0.01, -0.03), "starts": (0.02, -0.04)}
+    found = trial([1.0] * 4, **fields).loss_rise
+    assert found == pytest.approx(0.0, abs=1e-12)
+    risen = trial([1.0] * 4, losses=(0.02, -0.04, 0.05, -0.01), starts=(0.02, -0.04))
+    assert risen.loss_above_start == pytest.approx(0.03)
+    assert risen.loss_rise == pytest.approx(0.03 / 0.03)
+
+
+def test_a_rise_within_the_noise_of_the_loss_is_none() -> None:
+    fields = {"losses": (1.0, 1.0, 1.3, 1.3), "starts": (1.0, 1.0)}
+    for noise, rise in ((0.0, 0.3), (0.1, 0.3), (0.2, 0.0)):  # two errors: 2 x noise here
+        assert trial([1.0] * 4, **fields, noise=noise).loss_rise == pytest.approx(rise)
+
+
+def test_too_few_steps_tell_of_no_rise() -> None:
+    assert trial([1.0] * 3, starts=(1.0,)).loss_rise is None
+    assert trial([1.0] * 4, losses=(0.0,) * 4, starts=(0.0,)).loss_rise is None
+
+
 def test_what_stays_below_the_clip_is_no_spike() -> None:
     norms = [0.01] * 6 + [0.5]
     assert trial(norms).spikes == (6,)

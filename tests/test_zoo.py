@@ -49,9 +49,8 @@ MISTAKES = {"RG1", "RG2", "RG3", "RG6"}
 MISTAKEN = {
     "bilstm-last-output": "RG201",
     "unused-lstm": "RG207",
-    "rnn-stateful": "RG301",
+    "rnn-stateful": "RG303",
     "rnn-stateful-graph": "RG301",
-    "state-attribute": "RG301",
     "state-kept": "RG301",
     "state-buffer": "RG303",
 }

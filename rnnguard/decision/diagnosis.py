@@ -104,9 +104,9 @@ def _fired(rule: Rule, when: When, site: SiteReadings | None, run: RunReadings) 
 
 
 def _severity(rule: Rule, values: dict[str, Any]) -> Severity:
-    if rule.error_when is not None and rule.error_when.holds(values):
+    if any(when.holds(values) for when in rule.error_when):
         return "error"
-    if rule.warning_when is not None and rule.warning_when.holds(values):
+    if any(when.holds(values) for when in rule.warning_when):
         return "warning"
     return rule.severity
 

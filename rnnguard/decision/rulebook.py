@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 import rnnguard
 from rnnguard.decision.conditions import TEXTS, VOCABULARY, When
@@ -20,6 +20,13 @@ from rnnguard.records import SCHEMA, Record, Severity, Tier, near_miss
 FORM = "by"
 Code = Field(pattern=r"^RG\d{3}$")
 Name = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+
+
+def _several(tables: Any) -> Any:
+    return (tables,) if isinstance(tables, Mapping) else tables
+
+
+AnyOf = Annotated[tuple[When, ...], BeforeValidator(_several)]
 
 
 def _check_template(text: str) -> str:
@@ -47,7 +54,8 @@ class Rule(Row):
 
     `how` it is traced or measured, by `method`. `example` and `twin` are Python that makes the
     arguments of an audit by name: the one has the finding, the other is the same made healthy.
-    Where `warning_when` or `error_when` hold too, the severity rises to that.
+    Where `warning_when` or `error_when` hold too, one table or any of several, the severity rises
+    to that.
     """
 
     code: str = Code
@@ -64,8 +72,8 @@ class Rule(Row):
     cure: str
     fix: Literal[Tier, "manual", "none"]
     when: When | None = None
-    warning_when: When | None = None
-    error_when: When | None = None
+    warning_when: AnyOf = ()
+    error_when: AnyOf = ()
     implied_by: tuple[str, ...] = ()
     refs: tuple[str, ...] = ()
 
@@ -197,7 +205,7 @@ def _tuned(book: Rulebook, settings: Settings) -> Rulebook:
             rule = _with_thresholds(rule, cells[rule.code], settings)
         severity = settings.severity_of(rule.code, rule.name)
         if severity not in (None, "off"):
-            fixed = {"severity": severity, "warning_when": None, "error_when": None}
+            fixed = {"severity": severity, "warning_when": (), "error_when": ()}
             rule = rule.model_copy(update=fixed)
         rules.append(rule)
     return book.model_copy(update={"rules": tuple(rules), "settings": settings})

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rnnguard.inspection.sourcefile import ClassSource, SourceFile, classes_of, is_foreign
+from rnnguard.inspection.own_code import is_users
+from rnnguard.inspection.sourcefile import ClassSource, SourceFile, classes_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,7 +142,7 @@ def _makers(
         except AttributeError:
             return
         # torch's own containers are not the user's code: what made them is asked next.
-        if not is_foreign(type(owner)):
+        if is_users(type(owner)):
             for source in classes.get(type(owner), ()):
                 for span in source.assigning(parts[cut]):
                     yield source.file.name, set(span)

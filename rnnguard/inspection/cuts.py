@@ -40,7 +40,7 @@ def cut_at(
     sources = _sources(site)
     ends = {node for node in recording.graph.nodes if node.op == "output"}
     kept = {node for node, tensor in recording.kept.items() if tensor.grad_fn is not None}
-    differentiated = _reached([s for s in sources if _has_gradient(s)], _passes_gradient)
+    differentiated = reached_by_gradient(s for s in sources if _has_gradient(s))
     if not differentiated.isdisjoint(ends | kept):
         return None
     values = _reached(sources, _passes_values)
@@ -50,6 +50,11 @@ def cut_at(
     if not _is_trained(site, model, held):
         return None
     return _place(sources, differentiated, values, ends)
+
+
+def reached_by_gradient(start: Iterable[fx.Node]) -> set[fx.Node]:
+    """All that is made of these values and, as far as autograd knows, may be differentiated."""
+    return _reached(start, _passes_gradient)
 
 
 def _sources(site: FoundSite | WrittenSite) -> set[fx.Node]:

@@ -1,9 +1,11 @@
-"""Which parameters an optimizer lacks, and which it holds that are not the model's."""
+"""Which parameters an optimizer lacks, which it holds that are not the model's, and its decay."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from rnnguard.inspection.sites import recurrent_modules
 
 
 def missing_parameters(model: nn.Module, optimizer: Optimizer) -> list[str]:
@@ -23,6 +25,21 @@ def foreign_parameters(
     modules = (model, *(other for other in others if other is not None))
     known = {id(parameter) for module in modules for parameter in module.parameters()}
     return [parameter for parameter in _held(optimizer) if id(parameter) not in known]
+
+
+def decay_on_biases(model: nn.Module, optimizer: Optimizer) -> float:
+    """The largest weight decay that a bias of the model's recurrent modules has.
+
+    Of all parameters, where there is no such bias.
+    """
+    modules = recurrent_modules(model).values()
+    biases = {id(p) for module in modules for p in module.parameters() if p.dim() == 1}
+    groups = [
+        group
+        for group in optimizer.param_groups
+        if not biases or not biases.isdisjoint(map(id, group["params"]))
+    ]
+    return float(max((group.get("weight_decay") or 0 for group in groups), default=0))
 
 
 def _held(optimizer: Optimizer) -> list[Tensor]:

@@ -70,7 +70,8 @@ def real_lengths(x: Tensor, lengths: Tensor) -> Tensor:
     ends = x[-1, padded]
     if not bool((ends == ends[0]).all()):
         return lengths
-    real = torch.where(padded, lengths - same, lengths).clamp_min(1)
+    # Once known, a single step of it is padding, too.
+    real = torch.where((x[-1] == ends[0]).all(-1), lengths - same, lengths).clamp_min(1)
     within = torch.arange(len(x), device=x.device)[:, None] < real
     elsewhere = (x == ends[0]).all(-1) & within
     return lengths if int(elsewhere.sum()) > RARE * int(real.sum()) else real

@@ -26,7 +26,8 @@ _FARTHEST = 4096  # backward steps that an unseen call may consist of
 class Recording:
     """The graph of one run, its native recurrent calls in order, and what the run gave.
 
-    `kept` are the values of the run that the model still holds on attributes or in buffers.
+    `kept` are the values of the run that the model still holds on attributes or in buffers, or
+    that something else holds.
     """
 
     graph: fx.Graph
@@ -37,17 +38,22 @@ class Recording:
 
 
 def record(
-    run: Callable[[], Any], model: nn.Module, inputs: Any = (), kept: Iterable[Tensor] = ()
+    run: Callable[[], Any],
+    model: nn.Module,
+    inputs: Any = (),
+    kept: Iterable[Tensor] = (),
+    held: Callable[[], Iterable[Tensor]] = tuple,
 ) -> Recording:
     """Runs `run` once and gives the graph of every torch call that it made.
 
     `inputs` are the tensors that become placeholders, and those `kept` from an earlier run are
-    told apart from other constants. Exceptions of `run` pass through.
+    told apart from other constants. `held` gives what something besides the model holds
+    afterwards. Exceptions of `run` pass through.
     """
     recorder = _Recorder(model, inputs, kept)
     with recorder:
         recorder.recording.result = run()
-    recorder.close(_held_by(model))
+    recorder.close((*_held_by(model), *held()))
     return recorder.recording
 
 

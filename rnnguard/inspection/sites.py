@@ -128,10 +128,19 @@ def _owner(model: nn.Module, call: NativeCall) -> nn.Module | None:
 
 
 def unregistered_calls(model: nn.Module, recording: Recording) -> list[str]:
-    """file:line of native calls on modules that the model does not know (a plain list, say)."""
+    """file:line of native calls on modules that the model does not know (a plain list, say).
+
+    Only of calls that the model itself makes, as its step may run other networks beside it, and
+    of modules that are to be trained, as a frozen one is often kept out of reach on purpose.
+    """
     known = {id(module) for module in model.modules()}
     return sorted({call.location or "unknown place" for call in recording.calls
-                   if call.module is not None and id(call.module) not in known})  # fmt: skip
+                   if call.module is not None and id(call.module) not in known
+                   and call.node.meta["module"] is not None and _is_trained(call)})  # fmt: skip
+
+
+def _is_trained(call: NativeCall) -> bool:
+    return call.node.meta["grad"] and any(weight.requires_grad for weight in call.weights)
 
 
 def _site(module: nn.Module, paths: list[str], calls: list[NativeCall]) -> FoundSite:

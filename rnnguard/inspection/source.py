@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import linecache
 from collections.abc import Iterable, Iterator
 from types import FunctionType
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rnnguard.inspection.own_code import own_functions
+from rnnguard.inspection.sourcefile import SourceFile, lines_of
 from rnnguard.inspection.written import relative
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -94,14 +94,8 @@ def _read(functions: Iterable[FunctionType]) -> Iterator[tuple[FunctionType, Fun
 
 def _functions_in(file: str) -> dict[tuple[int, str], Function]:
     """The functions of a file by their first line, decorators included, and name."""
-    linecache.checkcache(file)
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except (SyntaxError, ValueError):
-        return {}
-    nodes = [node for node in ast.walk(tree) if isinstance(node, Function)]
-    return {(min(n.lineno, *(d.lineno for d in n.decorator_list), n.lineno), n.name): n
-            for n in nodes}  # fmt: skip
+    nodes = [node for node in SourceFile(file).nodes if isinstance(node, Function)]
+    return {(lines_of(node).start, node.name): node for node in nodes}
 
 
 def _dropped(function: Function) -> Iterator[int]:

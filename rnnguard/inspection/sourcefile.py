@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import linecache
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import CodeType, FunctionType
 from typing import Any
 
-_FOREIGN = ("torch", "builtins", "typing", "abc")
+from rnnguard.inspection.own_code import functions_of, is_users
+
 _ADDING = ("append", "extend", "insert", "add_module", "register_module", "update")
 _BRANCHES = (ast.If, ast.Try, ast.Match, ast.While, ast.For, ast.AsyncFor)
 
@@ -110,15 +109,11 @@ def classes_of(kind: type, known: dict[str, SourceFile]) -> tuple[ClassSource, .
     return tuple(source for source in found if source is not None)
 
 
-def is_foreign(kind: type) -> bool:
-    """Whether a class is torch's or Python's own."""
-    return kind.__module__.partition(".")[0] in _FOREIGN
-
-
 def _class_source(kind: type, known: dict[str, SourceFile]) -> ClassSource | None:
-    if is_foreign(kind):
+    if not is_users(kind):
         return None
-    for code in _codes(kind):
+    for _, function in functions_of(kind):
+        code = function.__code__
         name = code.co_filename
         name = name if name.startswith("<") else os.path.abspath(name)
         file = known.setdefault(name, SourceFile(name))
@@ -130,16 +125,6 @@ def _class_source(kind: type, known: dict[str, SourceFile]) -> ClassSource | Non
             if code.co_firstlineno in lines_of(node):
                 return ClassSource(file, node)
     return None
-
-
-def _codes(kind: type) -> Iterator[CodeType]:
-    for member in vars(kind).values():
-        if isinstance(member, staticmethod | classmethod):
-            member = member.__func__
-        if isinstance(member, FunctionType):
-            code = getattr(inspect.unwrap(member), "__code__", None)
-            if isinstance(code, CodeType):
-                yield code
 
 
 def _body(node: ast.AST) -> list[Any]:

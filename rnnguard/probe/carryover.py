@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import FunctionType
+from typing import Any
 
 from torch import Tensor, fx, nn
 
+from rnnguard.inspection.cuts import reached_by_gradient
 from rnnguard.inspection.loops import find_loops
+from rnnguard.inspection.own_code import own_functions, variables_of
 from rnnguard.inspection.pathways import made_from
 from rnnguard.inspection.recording import Recording, tensors_in
 from rnnguard.inspection.sites import find_sites
 from rnnguard.inspection.written import relative, written_sites
 from rnnguard.probe.stillness import differ
 
+MOST = 100  # things in one container; a longer one is data, and no state
+DEEPEST = 4  # containers in containers
+
+
+def held_by(step: object) -> list[Tensor]:
+    """The tensors in variables outside of a user's step, and on the object that it belongs to."""
+    owner: Any = getattr(step, "__self__", step)
+    own = {} if isinstance(owner, nn.Module | FunctionType) else getattr(owner, "__dict__", {})
+    return [tensor for held in (own, *variables_of(own_functions(step))) for tensor in _in(held)]
+
+
+def _in(held: Any, depth: int = DEEPEST) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, tuple | list | dict) and len(held) <= MOST and depth:
+        for each in held.values() if isinstance(held, dict) else held:
+            yield from _in(each, depth - 1)
+
 
 def kept_tensors(recording: Recording) -> list[Tensor]:
-    """What the model still holds of a run and may read in the next one."""
+    """What the model or step still holds of a run and may read in the next one."""
     return [tensor for tensor in recording.kept.values() if tensor.is_floating_point()]
 
 
@@ -45,6 +67,11 @@ def carried_over(model: nn.Module, again: Recording) -> dict[str, list[fx.Node]]
         path: [node for node in left if not reach[node].isdisjoint(calls)] for path, calls in starts
     }
     return {path: nodes for path, nodes in found.items() if nodes}
+
+
+def takes_graph_along(kept: fx.Node) -> bool:
+    """Whether the result of the second run is differentiated through a kept tensor."""
+    return any(node.op == "output" for node in reached_by_gradient([kept]))
 
 
 def answers_differently(first: Recording, again: Recording) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
-from rnnguard.inspection.methods import called_by_forward, methods_of, names_in
+from rnnguard.inspection.optimized import missing_parameters
+from rnnguard.inspection.own_code import called_by_forward, methods_of, names_in
 from rnnguard.inspection.pathways import made_from
 from rnnguard.probe.gradients import Gradients, parameter_gradients
 from rnnguard.probe.snapshot import moved, untouched
@@ -28,8 +29,9 @@ def idle_parameters(
 
     `gradients` are those measured on some batches already; a few more passes, on weights moved
     a little, tell what only seems idle, as behind a matrix that starts at zero. `explained` are
-    names that another finding is about. A gradient that is there but exactly zero counts only
-    where all of a module's parameters have none. Without a loss, what a method that `forward`
+    names that another finding is about; what an optimizer does not hold is left out on purpose.
+    A gradient that is there but exactly zero counts only where all of a module's parameters have
+    none. Without a loss, what a method that `forward`
     does not call makes use of is left out.
     """
     if subject.batches.basis in ("site alone", "not run") or not gradients.by_parameter:
@@ -40,7 +42,7 @@ def idle_parameters(
     alone = _without_neighbours(still | cut_off, trainable)
     # A bias beside a weight that learns may have no meaning, as that of an energy, and no harm.
     suspects = alone | {name for name in cut_off if "bias" not in name.rpartition(".")[2]}
-    suspects -= set(explained)
+    suspects -= set(explained) | _left_to_others(subject)
     if not subject.batches.has_loss:
         suspects = {name for name in suspects if not _is_used_elsewhere(subject.model, name)}
     suspects = _still_idle(subject, suspects) if suspects else suspects
@@ -66,6 +68,12 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, UninitializedParameter):
             yield name, parameter
+
+
+def _left_to_others(subject: Subject) -> set[str]:
+    """The parameters that the optimizer is not to train, where there is one."""
+    optimizer = subject.optimizer
+    return set() if optimizer is None else set(missing_parameters(subject.model, optimizer))
 
 
 def _without_neighbours(suspects: set[str], trainable: Iterable[str]) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from rnnguard.inspection.batches import Batches
 from rnnguard.inspection.loops import Loop, find_loops
 from rnnguard.inspection.neighbours import layers_behind, parts_of, spans_of
+from rnnguard.inspection.optimized import decay_on_biases, missing_parameters
 from rnnguard.inspection.progress import progress_of
 from rnnguard.inspection.provenance import provenance_of, provenance_of_written
 from rnnguard.inspection.recording import Recording, record, tensors_in
@@ -28,8 +30,10 @@ from rnnguard.probe.backflow import Backflow
 from rnnguard.probe.carryover import (
     answers_differently,
     carried_over,
+    held_by,
     kept_tensors,
     made_at,
+    takes_graph_along,
 )
 from rnnguard.probe.gradients import Gradients, gradient_norms
 from rnnguard.probe.layer_ratio import layer_ratio
@@ -127,7 +131,8 @@ def _with_carryover(
         )
         for site in sites
     ]
-    read = {str(node.target) for nodes in carried.values() for node in nodes}
+    nodes = {node for nodes in carried.values() for node in nodes}
+    read = {str(node.target) for node in nodes if takes_graph_along(node)}
     with_graph = [t for i, t in enumerate(kept) if t.grad_fn is not None and f"kept{i}" in read]
     place = next((made_at(recording, tensor) for tensor in with_graph), None)
     places = {} if place is None else {"graph_kept": place}
@@ -184,7 +189,8 @@ def recorded(subject: Subject, index: int, kept: Iterable[Tensor] = ()) -> Recor
     batches, model = subject.batches, subject.model
     batch = batches.fresh(batches.batches[index])
     inputs = batch.raw if batches.step is not None else (batch.args, batch.kwargs)
-    return record(lambda: batches.forward(model, batch), model, inputs, kept)
+    held = partial(held_by, batches.step)
+    return record(lambda: batches.forward(model, batch), model, inputs, kept, held)
 
 
 def run_readings(subject: Subject, gradients: Gradients, seconds: float) -> RunReadings:
@@ -207,7 +213,7 @@ def run_readings(subject: Subject, gradients: Gradients, seconds: float) -> RunR
         seed=subject.seed,
         seconds=seconds,
         torch=torch.__version__,
-        **_optimizer_readings(subject.optimizer, parameters),
+        **_optimizer_readings(subject.optimizer, subject.model),
     )
 
 
@@ -220,18 +226,16 @@ _PRECISIONS: dict[torch.dtype, _Precision] = {
 }
 
 
-def _optimizer_readings(optimizer: Optimizer | None, parameters: list[Any]) -> dict[str, Any]:
+def _optimizer_readings(optimizer: Optimizer | None, model: nn.Module) -> dict[str, Any]:
     groups = [] if optimizer is None else optimizer.param_groups
-    held = {id(p) for group in groups for p in group["params"]}
-    missing = [p for p in parameters if p.requires_grad and id(p) not in held]
     rates = [group["lr"] for group in groups if isinstance(group.get("lr"), float)]
     return {
         "optimizer": optimizer_kind(optimizer),
         "learning_rate": rates[0] if rates else None,
-        "weight_decay": float(max((g.get("weight_decay") or 0 for g in groups), default=0)),
+        "weight_decay": 0.0 if optimizer is None else decay_on_biases(model, optimizer),
         "amsgrad": any(group.get("amsgrad", False) for group in groups),
         "scheduled": any("initial_lr" in group for group in groups),
-        "parameters_missing": len(missing) if optimizer is not None else 0,
+        "parameters_missing": 0 if optimizer is None else len(missing_parameters(model, optimizer)),
     }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnguard.inspection.recording import tensors_in
+from rnnguard.inspection.written import relative
 from rnnguard.probe.seen_call import SeenCall, is_finite
 from rnnguard.probe.subject import Subject
 from rnnguard.probe.watch import Watch
@@ -57,7 +58,7 @@ class FirstNonfinite(Record):
             parts.append(f", time step {self.time}")
         if self.parameter is not None:
             parts.append(f", first into `{self.parameter}`")
-        return "".join(parts) + (f" ({self.location})" if self.location else "")
+        return "".join(parts) + (f" ({relative(self.location)})" if self.location else "")
 
 
 class Search:

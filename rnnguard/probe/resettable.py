@@ -13,8 +13,9 @@ from types import CodeType
 
 from torch import Tensor, fx, nn
 
-from rnnguard.inspection.methods import called_by_forward, is_users, methods_of
+from rnnguard.inspection.own_code import called_by_forward, is_users, methods_of
 from rnnguard.inspection.recording import tensors_in
+from rnnguard.inspection.sourcefile import SourceFile
 
 Holder = tuple[nn.Module, str]  # who keeps the state, on which attribute
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -46,14 +47,20 @@ def resettable(
 
     That is a method of a module on the way there which writes the attribute or says so by its
     name, an argument of `forward` that a state or a sign to reset it may come by, the user's
-    `step`, or a statement in the files of these classes that writes it from outside. Where the
-    state lies is not known (`held` is empty), it counts as resettable.
+    `step`, or a statement in the files of these classes, or in one beside them that imports them,
+    which writes it from outside. It counts as resettable where it is not known where the state
+    lies (`held` is empty), or what else will be written, as in a notebook.
     """
     names = {name for _, name in held}
-    if not names or any(_is_own_object(getattr(module, name, None)) for module, name in held):
+    if (
+        not names
+        or hasattr(sys, "ps1")  # somebody types, in a notebook or at a prompt
+        or any(_is_own_object(getattr(module, name, None)) for module, name in held)
+    ):
         return True
-    classes = {type(module) for module in model.modules() if _leads_to(module, held)}
-    if any(_takes_state(cls) or _resets(cls, names) for cls in filter(is_users, classes)):
+    around = {type(module) for module in model.modules() if _leads_to(module, held)}
+    classes = set(filter(is_users, around))
+    if any(_takes_state(cls) or _resets(cls, names) for cls in classes):
         return True
     code = getattr(step, "__code__", None)
     if isinstance(code, CodeType) and _may_write(code, names):
@@ -121,23 +128,26 @@ def _may_write(code: CodeType, names: set[str]) -> bool:
     return any(_may_write(c, names) for c in code.co_consts if isinstance(c, CodeType))
 
 
-def _files(classes: Iterable[type]) -> set[Path]:
-    """The files of the classes, and the script that runs."""
-    found = {getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in classes}
-    found.add(getattr(sys.modules.get("__main__"), "__file__", None))
-    return {Path(file) for file in found if file is not None and str(file).endswith(".py")}
+def _files(classes: Collection[type]) -> set[Path]:
+    """The files of the classes, the script that runs, and those beside these that import them."""
+    modules = (sys.modules.get(name) for name in {cls.__module__ for cls in classes} | {"__main__"})
+    named = (Path(str(getattr(module, "__file__", None))) for module in modules)
+    own = {file for file in named if file.suffix == ".py"}
+    stems, kinds = {file.stem for file in own}, {cls.__name__ for cls in classes}
+    words = "|".join(map(re.escape, stems | kinds))
+    imported = re.compile(rf"^\s*(from|import)\b.*\b({words})\b", re.MULTILINE)
+    folders = {Path(), *(file.parent for file in own)}
+    beside = {file for folder in folders for file in folder.glob("*.py")}
+    return own | {file for file in beside if imported.search(SourceFile(str(file)).text)}
 
 
 def _written_outside(file: Path, names: set[str]) -> bool:
     """Whether a statement such as `model.hidden = None` stands in the file."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError):
-        return False
-    return any(
+    source = SourceFile(str(file))
+    return any(name in source.text for name in names) and any(
         isinstance(node, ast.Attribute)
         and node.attr in names
         and isinstance(node.ctx, ast.Store | ast.Del)
         and not (isinstance(node.value, ast.Name) and node.value.id == "self")
-        for node in ast.walk(tree)
+        for node in source.nodes
     )

@@ -183,15 +183,21 @@ def _one_of_several(inside: list[Event]) -> bool:
 
 
 def _cleared_before_step(segments: list[Segment]) -> Event | None:
-    """The call that, in every step, wipes out the gradients of the backward before it."""
+    """The call that, in every step, wipes out the gradients of the backward before it.
+
+    The step itself, where no call did it.
+    """
     found = []
     for segment in segments:
         made = [e for e in segment.of("backward") if e.after > 0]
-        if not made or segment.step.closure or segment.step.before > 0:
+        if not made or segment.step.closure or segment.step.before != 0:
             return None
         later = segment.events[segment.events.index(made[-1]) :]
-        found += [e for e in later if e.kind == "clear" and e.touched and e.after == 0][:1]
-    return found[0] if len(found) == len(segments) else None
+        if any(e.kind == "clip" and e.before > 0 and e.after == 0 for e in later):
+            return None  # by a threshold of zero
+        cleared = (e for e in later if e.kind == "clear" and e.touched and e.after == 0)
+        found.append(next(cleared, segment.step))
+    return found[0]
 
 
 def _never_cleared(segments: list[Segment]) -> Event | None:
@@ -210,6 +216,10 @@ def _never_cleared(segments: list[Segment]) -> Event | None:
 
 
 def _scaled_by_hand(segment: Segment) -> bool:
+    """Whether the gradients shrink between the last backward and the clip or step after it."""
     made = segment.last_backward
-    clipped = any(map(_bounds, segment.of("clip")))
-    return made is not None and not clipped and segment.step.before * HAND_SCALED < made.after
+    if made is None:
+        return False
+    later = segment.events[segment.events.index(made) :]
+    clips = (e for e in later if e.kind == "clip" and e.touched and _bounds(e))
+    return next(clips, segment.step).before * HAND_SCALED < made.after

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rnnguard.inspection.batches import Batch
+from rnnguard.inspection.gates import is_recurrent
 from rnnguard.probe.holdings import keeper, same_bits
 from rnnguard.probe.nonfinite import (
     FirstNonfinite,
@@ -80,7 +81,7 @@ class Training:
         Leaves whatever a forward leaves behind.
         """
         try:
-            return tuple(float(self._loss(batch).detach()) for batch in self._batches)
+            return tuple(float(self._loss(i).detach()) for i in range(len(self._batches)))
         except Exception:
             return ()
 
@@ -114,10 +115,8 @@ class Training:
         """The loss of the batch, its gradients in place; what a closure gives."""
         number = self._index % len(self._batches)
         self._optimizer.zero_grad()
-        for give_back in self._fresh[number]:
-            give_back()
         state = self._state()
-        loss = self._loss(self._batches[number])
+        loss = self._loss(number)
         scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         self.stage = "backward"
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
@@ -131,9 +130,11 @@ class Training:
         self.stage = "step"
         return loss.detach()
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, number: int) -> Tensor:
+        for give_back in self._fresh[number]:
+            give_back()
         batches = self._subject.batches
-        batch = batches.fresh(batch)
+        batch = batches.fresh(self._batches[number])
         self.stage = "forward"
         output = batches.forward(self._subject.model, batch)
         self.stage = "loss"
@@ -184,7 +185,7 @@ class Training:
         inputs = named_inputs(raw, batch.kwargs, batch.target)
         search = Search(self._subject.model, inputs, self._named, self._index, number)
         try:
-            return search.run(lambda: self._loss(batch)), True
+            return search.run(lambda: self._loss(number)), True
         except Exception:
             return None, False
 
@@ -202,6 +203,20 @@ class Training:
         if self.first_nonfinite is None and not all(map(math.isfinite, reading.moved.values())):
             number = self._index % len(self._batches)
             self.first_nonfinite = nonfinite_parameter(self.parameters, self._index, number)
+
+
+@contextmanager
+def as_in_training(model: nn.Module) -> Iterator[None]:
+    """Gradients on, whatever surrounds the call."""
+    recurrent = [module for module in model.modules() if is_recurrent(module)]
+    # cuDNN refuses backward through a recurrence in eval mode.
+    cudnn = torch.backends.cudnn.enabled and all(module.training for module in recurrent)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.backends.cudnn.flags(enabled=cudnn),
+    ):
+        yield
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rnnguard.inspection.batches import cloned
-from rnnguard.inspection.gates import is_recurrent
+from rnnguard.inspection.optimized import missing_parameters
 from rnnguard.inspection.own_code import names_in, own_functions
+from rnnguard.probe.holdings import same_bits
+from rnnguard.probe.idle import in_words
 from rnnguard.probe.snapshot import Snapshot
 from rnnguard.probe.step_events import StepWatch
 from rnnguard.probe.step_readings import segments_of, step_readings
 from rnnguard.probe.subject import Subject
+from rnnguard.probe.training import as_in_training
 from rnnguard.usage import ClipOrder
 
 TrainStep = Callable[[nn.Module, Any, Any], Any]
@@ -47,7 +49,7 @@ def watch_steps(
     not finite and one that is far too large. No call but the first begins after `seconds`. What
     model, optimizer, batches, the function and the globals of its file hold is bit for bit as
     before, with the random state; not so what is written to files, classes or other files'
-    globals. A step that raises ends it and is told.
+    globals, nor what an iterator has given. A step that raises ends it and is told.
     """
     stepped = subject.optimizer if subject.optimizer is not None else optimizer
     if subject.batches.basis not in ("real data", "given inputs"):
@@ -69,7 +71,7 @@ def watch_steps(
         torch.clear_autocast_cache()
 
     try:
-        with _as_in_training(subject.model):
+        with as_in_training(subject.model):
             run = _Run(subject, stepped, lambda batch: train_step(subject.model, optimizer, batch),
                        restore, time.perf_counter() + seconds)  # fmt: skip
             return run.watched(steps)
@@ -95,11 +97,17 @@ class _Run:
     def watched(self, steps: int) -> Watched:
         self._from_the_start()
         watch = StepWatch(self._subject.model, self._optimizer)
+        missing = _missing(self._subject.model, self._optimizer)
         self._take(watch, steps)
+        unmoved = [name for name, (p, before) in missing.items() if same_bits(p, before)]
         words = None if self._error is None else _said(self._error)
         readings = step_readings(watch.events, half=watch.half, scaled=watch.scaled)
         if not readings:
             return Watched(words=words or NO_STEP)
+        if watch.call > 1 and _is_second_backward(self._error):
+            readings["graph_kept"] = True
+        if len(unmoved) < len(missing):  # another optimizer trains some, or a copy is kept up
+            readings |= {"parameters_missing": len(unmoved), "missing_names": in_words(unmoved)}
         if readings["clip_order"] == "none" and not self._subject.guarded:
             readings["clip_order"] = "sound" if watch.hooked else self._hidden_clip()
         readings["nonfinite_passed"] = self._nonfinite_passed()
@@ -189,6 +197,13 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [p.grad.data for p in parameters if p.grad is not None and p.grad.numel()]
 
 
+def _missing(model: nn.Module, optimizer: Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
+    """By name the parameters that the optimizer lacks, with their present values."""
+    named = dict(model.named_parameters())
+    names = missing_parameters(model, optimizer)
+    return {name: (named[name], named[name].detach().clone()) for name in names}
+
+
 def _globals_in(function: Any) -> list[str]:
     return sorted(names_in(function.__code__))
 
@@ -200,21 +215,12 @@ def _bind(names: dict[str, Any], name: str, value: Any) -> None:
         names[name] = value
 
 
+def _is_second_backward(error: Exception | None) -> bool:
+    """Whether torch refused to differentiate the same graph once more."""
+    return isinstance(error, RuntimeError) and "second time" in str(error)
+
+
 def _said(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0].split(". ")[0]
-    again = " (a state kept from the batch before, see RG301)" if "second time" in first else ""
+    again = " (a state kept from the batch before, see RG301)" if _is_second_backward(error) else ""
     return f"train_step raised {type(error).__name__}: {first.rstrip('.')}{again}."
-
-
-@contextmanager
-def _as_in_training(model: nn.Module) -> Iterator[None]:
-    """Gradients on, whatever surrounds the call."""
-    recurrent = [module for module in model.modules() if is_recurrent(module)]
-    # cuDNN refuses backward through a recurrence in eval mode.
-    cudnn = torch.backends.cudnn.enabled and all(module.training for module in recurrent)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.backends.cudnn.flags(enabled=cudnn),
-    ):
-        yield

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from rnnguard.errors import Refusal, refuse
-from rnnguard.inspection.gates import is_recurrent, parameter_name, recurrences
+from rnnguard.inspection.gates import parameter_name, recurrences
 from rnnguard.inspection.sites import recurrent_modules
 from rnnguard.probe.nonfinite import FirstNonfinite
 from rnnguard.probe.snapshot import Snapshot
 from rnnguard.probe.subject import Subject
-from rnnguard.probe.training import StepReading, Training, needs_closure
+from rnnguard.probe.training import StepReading, Training, as_in_training, needs_closure
 from rnnguard.probe.trial_readings import Stop, Trial
 
 __all__ = ["FirstNonfinite", "Stop", "Trial", "run_trial"]
@@ -59,8 +57,8 @@ def run_trial(
     try:
         training = Training(subject, optimizer, scaler, scheduler)
         torch.manual_seed(subject.seed)
-        with _as_in_training(subject):
-            starts = training.losses()
+        with as_in_training(model):
+            starts, again = training.losses(), training.losses()
             snapshot.restore()
             torch.manual_seed(subject.seed)
             readings, stop = _taken(training, steps, seconds, started)
@@ -73,6 +71,7 @@ def run_trial(
         **found,
         planned=steps,
         starts=starts,
+        noise=_noise(starts, again),
         stopped=stop,
         first_nonfinite=training.first_nonfinite,
         seconds=seconds_taken,
@@ -88,6 +87,12 @@ def _trial(readings: list[StepReading], recurrent: set[str], clip: float | None)
         "update_ratios": _update_ratios(readings),
         "recurrent_update_ratio": _joint_ratio(readings, recurrent),
     }
+
+
+def _noise(once: tuple[float, ...], again: tuple[float, ...]) -> float:
+    """Standard deviation of a loss, from two of each batch; 0 where there are not two."""
+    squares = [(a - b) ** 2 for a, b in zip(once, again, strict=False)]
+    return math.sqrt(statistics.fmean(squares) / 2) if squares else 0.0
 
 
 def _refusals(subject: Subject, steps: int, scaler: Any) -> list[Refusal]:
@@ -125,20 +130,6 @@ def _taken(
             return readings, Stop(step=index, stage=training.stage, words=words)
         longest = max(longest, time.perf_counter() - begun)
     return readings, None
-
-
-@contextmanager
-def _as_in_training(subject: Subject) -> Iterator[None]:
-    """Gradients on, whatever surrounds the call."""
-    recurrent = [module for module in subject.model.modules() if is_recurrent(module)]
-    # cuDNN refuses backward through a recurrence in eval mode.
-    cudnn = torch.backends.cudnn.enabled and all(module.training for module in recurrent)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.backends.cudnn.flags(enabled=cudnn),
-    ):
-        yield
 
 
 def _recurrent_weights(subject: Subject) -> set[str]:

@@ -34,8 +34,9 @@ class Trial(Record):
     """Real optimizer steps, one entry per step taken; numbers beyond them are derived.
 
     `starts`: what the untouched model gives on each batch; step i takes batch i modulo their count.
-    `losses`: as the user's loss gives them. `norms`: Euclidean norm of all gradients of the
-    optimizer's parameters before any clip, and without a GradScaler's factor. `applied`:
+    `noise`: by how much its loss on a batch differs from one time to the next, as a standard
+    deviation. `losses`: as the user's loss gives them. `norms`: Euclidean norm of all gradients
+    of the optimizer's parameters before any clip, and without a GradScaler's factor. `applied`:
     whether any parameter moved. `cut_to`: the norm that a clip left, None where none
     engaged. `calibrating`: gradients not finite only because a GradScaler's factor was too
     large. `update_ratios`: log10 of |change| / |weight| by parameter, median over the
@@ -47,6 +48,7 @@ class Trial(Record):
 
     planned: int
     starts: tuple[float, ...] = ()
+    noise: float = 0.0
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     applied: tuple[bool, ...]
@@ -133,12 +135,21 @@ class Trial(Record):
 
         The first steps may throw the loss up so far that it falls from there ever after.
         """
-        fifths = self._fifths()
-        if fifths is None:
+        rises = self._rises()
+        return None if rises is None else statistics.fmean(rises)
+
+    @property
+    def loss_rise(self) -> float | None:
+        """`loss_above_start` over the mean size of the untouched model's losses; 0 within noise.
+
+        A policy's loss lies about 0 with either sign, and dropout alone makes it rise or fall.
+        """
+        rises, size = self._rises(), statistics.fmean(map(abs, self._starts or (0.0,)))
+        if rises is None or not size:
             return None
-        starts = self.starts or self.losses[:1]
-        last = range(self.steps - len(fifths[1]), self.steps)
-        return statistics.fmean(self.losses[i] - starts[i % len(starts)] for i in last)
+        mean, batches = statistics.fmean(rises), min(len(rises), len(self._starts))
+        error = self.noise * math.sqrt(2 / batches)
+        return mean / size if abs(mean) > 2 * error else 0.0
 
     @property
     def improved(self) -> bool | None:
@@ -168,6 +179,18 @@ class Trial(Record):
             if norm > bound and (self.clipped[step] or norm > clip):
                 yield step
 
+    @property
+    def _starts(self) -> tuple[float, ...]:
+        return self.starts or self.losses[:1]
+
+    def _rises(self) -> list[float] | None:
+        """By how much each loss of the last fifth is above that of the untouched model."""
+        fifths = self._fifths()
+        if fifths is None:
+            return None
+        last = range(self.steps - len(fifths[1]), self.steps)
+        return [self.losses[i] - self._starts[i % len(self._starts)] for i in last]
+
     def _fifths(self) -> tuple[list[float], list[float]] | None:
         size = max(2, self.steps // 5)
         first, last = list(self.losses[:size]), list(self.losses[-size:])
@@ -182,10 +205,6 @@ class Trial(Record):
 
 def _share(count: int, steps: int) -> float:
     return count / steps if steps > 0 else 0.0
-
-
-def _over(change: float | None, loss: float | None) -> float | None:
-    return change / abs(loss) if change is not None and loss else None
 
 
 def with_trial(run: RunReadings, trial: Trial) -> RunReadings:
@@ -206,7 +225,7 @@ def with_trial(run: RunReadings, trial: Trial) -> RunReadings:
             "update_ratio": update,
             "loss_change": trial.loss_change,
             "loss_above_start": trial.loss_above_start,
-            "loss_rise": _over(trial.loss_above_start, run.loss),
+            "loss_rise": trial.loss_rise,
             "improved": trial.improved,
             "nonfinite_steps": len(trial.nonfinite_steps),
             "first_nonfinite": str(trial.first_nonfinite) if trial.first_nonfinite else None,

@@ -11,7 +11,7 @@ from torch import fx, nn
 from rnnguard.inspection.cuts import cut_at
 from rnnguard.inspection.hidden_state import state_index
 from rnnguard.inspection.kernel_layout import is_contiguous, refuses_backward
-from rnnguard.inspection.optimized import foreign_parameters
+from rnnguard.inspection.optimized import foreign_parameters, missing_parameters
 from rnnguard.inspection.recording import Recording
 from rnnguard.inspection.sites import FoundSite
 from rnnguard.inspection.source import source_readings
@@ -106,16 +106,32 @@ def proven(
             explained |= feeding(recording.graph, _calls(site))
     idle = idle_parameters(subject, gradients, explained)
     run = usage.run | {"parameters_idle": len(idle), "idle_names": in_words(idle)}
-    return Usage(run | _mixed(subject, sites, run["places"]), found)
+    run |= _missing(subject, gradients)
+    return Usage(run | _mixed(subject, sites, run["places"], found), found)
+
+
+def _missing(subject: Subject, gradients: Gradients) -> Fields:
+    """What the optimizer lacks of the parameters that a gradient reaches."""
+    if subject.optimizer is None:
+        return {}
+    names = missing_parameters(subject.model, subject.optimizer)
+    # Without any gradient it is a copy that something else keeps up, or never used.
+    reached = [name for name in names if name in gradients.by_parameter]
+    return {"parameters_missing": len(reached), "missing_names": in_words(reached)}
 
 
 def _calls(site: Found) -> Collection[fx.Node]:
     return site.calls if isinstance(site, FoundSite) else site.loop.uses
 
 
-def _mixed(subject: Subject, sites: Sequence[Found], places: dict[str, str]) -> Fields:
+def _mixed(
+    subject: Subject, sites: Sequence[Found], places: dict[str, str], seen: Mapping[str, Fields]
+) -> Fields:
     mixed = leakage(subject, [site.record for site in sites], subject.batch_size)
     if mixed is None:
         return {}
-    places = places | ({"leakage": mixed.location} if mixed.location else {})
+    views = (f["places"].get("state_index") for f in seen.values()
+             if f.get("state_index") == "mixed axes")  # fmt: skip
+    place = mixed.location or next(views, None)
+    places = places | ({"leakage": place} if place and mixed.share else {})
     return {"leakage": mixed.share, "mixed_axis": mixed.axis, "places": places}

@@ -52,7 +52,7 @@ def audit_findings(rulebook: Rulebook, look: Look) -> list[Finding]:
         found.append(audit_finding(rulebook, "RG004", text, location=relative(loop.location)))
     for place in look.unregistered:
         text = "a recurrent module is called that the model does not hold; it never trains."
-        found.append(audit_finding(rulebook, "RG109", text, location=place))
+        found.append(audit_finding(rulebook, "RG109", text, location=relative(place)))
     return found
 
 

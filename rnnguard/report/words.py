@@ -122,9 +122,10 @@ FIXES = {
 def rule_data(rule: Rule) -> dict[str, object]:
     """A rule as plain data; its conditions as people write them."""
     words = ("code", "name", "severity", "stage", "fix", "what", "why", "method", "how")
-    conditions = ("when", "warning_when", "error_when")
+    rises = ("warning_when", "error_when")
     data = {word: getattr(rule, word) for word in words}
-    data |= {name: _cells(getattr(rule, name)) for name in conditions}
+    data |= {"when": _cells(rule.when)}
+    data |= {name: [_cells(when) for when in getattr(rule, name)] for name in rises}
     data |= {word: getattr(rule, word) for word in ("example", "twin", "message", "cure")}
     return data | {"implied_by": list(rule.implied_by), "refs": list(rule.refs)}
 
@@ -138,8 +139,8 @@ def rule_page(rule: Rule) -> str:
         "Why it hurts": rule.why,
         "How it is found": f"{method}{rule.how}",
         "Found when": _stated(rule.when),
-        "A warning when": _stated(rule.warning_when),
-        "An error when": _stated(rule.error_when),
+        "A warning when": "\n".join(f"* {_stated(when)}" for when in rule.warning_when),
+        "An error when": "\n".join(f"* {_stated(when)}" for when in rule.error_when),
         "Example": code_block(rule.example),
         "The same, healthy": code_block(rule.twin),
         "What to do": rule.cure,
