@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rnnguard.inspection.own_code import is_users
+from rnnguard.inspection.makers import makers
 from rnnguard.inspection.sourcefile import ClassSource, SourceFile, classes_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def comments_of(
     """All comments in the files where the model's classes, its sites and these file:lines lie."""
     sites = list(sites)
     known: dict[str, SourceFile] = {}
-    classes = {type(m): classes_of(type(m), known) for m in model.modules()}
+    classes = {type(m): classes_of(type(m), known, "rnnguard:") for m in model.modules()}
     places = [place for place in (*locations, *(site.location for site in sites)) if place]
     for place in places:
         name = absolute(place).rpartition(":")[0]
@@ -119,7 +119,7 @@ class _Made:
         self._makers: list[tuple[str, set[int], str, bool]] = []
         for site in sites:
             for path in (site.path, *site.aliases):
-                found = list(_makers(model, path, classes))
+                found = list(makers(model, path, classes))
                 doubtful = len(found) > 1
                 self._makers += [(name, lines, site.path, doubtful) for name, lines in found]
         for source in classes[type(model)][:1]:
@@ -129,21 +129,3 @@ class _Made:
         """The paths of what is made there, and whether another statement may have made it."""
         hits = [(p, d) for n, lines, p, d in self._makers if n == name and lines & {*span}]
         return frozenset(path for path, _ in hits), any(doubtful for _, doubtful in hits)
-
-
-def _makers(
-    model: nn.Module, path: str, classes: dict[type, tuple[ClassSource, ...]]
-) -> Iterator[tuple[str, set[int]]]:
-    """The statements that assign the module at a path, or the container that holds it."""
-    parts = path.split(".") if path else []
-    for cut in range(len(parts) - 1, -1, -1):
-        try:
-            owner = model.get_submodule(".".join(parts[:cut]))
-        except AttributeError:
-            return
-        # torch's own containers are not the user's code: what made them is asked next.
-        if is_users(type(owner)):
-            for source in classes.get(type(owner), ()):
-                for span in source.assigning(parts[cut]):
-                    yield source.file.name, set(span)
-            return

@@ -11,11 +11,12 @@ from torch import fx, nn
 from rnnguard.inspection.cuts import cut_at
 from rnnguard.inspection.hidden_state import state_index
 from rnnguard.inspection.kernel_layout import is_contiguous, refuses_backward
+from rnnguard.inspection.makers import made_at
 from rnnguard.inspection.optimized import foreign_parameters, missing_parameters
 from rnnguard.inspection.recording import Recording
 from rnnguard.inspection.sites import FoundSite
 from rnnguard.inspection.source import source_readings
-from rnnguard.inspection.written import WrittenSite
+from rnnguard.inspection.written import WrittenSite, relative
 from rnnguard.measurements import RunReadings, SiteReadings
 from rnnguard.probe.bypassed import bypassed_weights
 from rnnguard.probe.gradients import Gradients
@@ -105,19 +106,23 @@ def proven(
         if found[site.record.path]["detached"]:
             explained |= feeding(recording.graph, _calls(site))
     idle = idle_parameters(subject, gradients, explained)
+    missing = _missing(subject, gradients)
     run = usage.run | {"parameters_idle": len(idle), "idle_names": in_words(idle)}
-    run |= _missing(subject, gradients)
+    if subject.optimizer is not None:
+        run |= {"parameters_missing": len(missing), "missing_names": in_words(missing)}
+    for reading, names in (("parameters_idle", idle), ("parameters_missing", missing)):
+        if names and (place := made_at(subject.model, names[0])) is not None:
+            run["places"] = run["places"] | {reading: str(relative(place))}
     return Usage(run | _mixed(subject, sites, run["places"], found), found)
 
 
-def _missing(subject: Subject, gradients: Gradients) -> Fields:
+def _missing(subject: Subject, gradients: Gradients) -> tuple[str, ...]:
     """What the optimizer lacks of the parameters that a gradient reaches."""
     if subject.optimizer is None:
-        return {}
+        return ()
     names = missing_parameters(subject.model, subject.optimizer)
     # Without any gradient it is a copy that something else keeps up, or never used.
-    reached = [name for name in names if name in gradients.by_parameter]
-    return {"parameters_missing": len(reached), "missing_names": in_words(reached)}
+    return tuple(name for name in names if name in gradients.by_parameter)
 
 
 def _calls(site: Found) -> Collection[fx.Node]:
