@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @app.command()
 def audit(
-    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", show_default=False)] = None,
+    target: Annotated[str | None, typer.Argument(metavar="TARGET", show_default=False)] = None,
     data: options.Data = None,
     inputs: options.Inputs = None,
     loss: options.Loss = None,
@@ -183,7 +183,7 @@ def settings_in_force(
 
 @rules_app.command()
 def check(
-    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Argument(metavar="DIR", show_default=False)] = None,
     debug: options.Debug = False,
 ) -> None:
     """Check the built-in rule files, and those in DIR on top of them; exit code 1 if wrong.
