@@ -16,6 +16,14 @@ from rnnguard.report.report import Report
 BOOK = load_rulebook()
 # About the audit itself, or raised while the user trains: no model is their example.
 WITHOUT_EXAMPLE = {"RG001", "RG002", "RG003", "RG004", "RG005", "RG413"}
+# The mistakes that people are known to make; what has come since stands beside them.
+KNOWN_MISTAKES = {
+    *("RG101", "RG102", "RG104", "RG105", "RG106", "RG107", "RG108", "RG109", "RG110"),
+    *("RG201", "RG202", "RG203", "RG205", "RG206", "RG207", "RG301", "RG302", "RG303", "RG304"),
+    *("RG401", "RG402", "RG403", "RG404", "RG405"),
+    *("RG501", "RG502", "RG503", "RG504", "RG505", "RG506", "RG509", "RG510"),
+    *("RG601", "RG602", "RG605"),
+}
 RULES = [rule for rule in BOOK.rules if rule.stage != "refusal"]
 every_rule = pytest.mark.parametrize(
     "rule", [rule for rule in RULES if rule.example], ids=lambda rule: rule.code
@@ -54,3 +62,8 @@ def test_every_rule_explains_itself() -> None:
         assert bool(rule.example) == bool(rule.twin), rule.code
         assert bool(rule.example) == (rule.code not in WITHOUT_EXAMPLE), rule.code
         assert rule.refs or rule.code in WITHOUT_EXAMPLE, f"{rule.code} cites nothing"
+
+
+def test_every_known_mistake_has_a_rule_with_an_example() -> None:
+    shown = {rule.code for rule in RULES if rule.example}
+    assert len(KNOWN_MISTAKES) == 35 and shown >= KNOWN_MISTAKES
