@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import math
 import platform
 import random
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ Batch = tuple[Tensor, Tensor]
 OUTPUT = Path(__file__).parent / "results" / "overhead.csv"
 AUDIT_LIMIT = 10.0
 SMALL_LIMIT = 1.0
+MODEL_LIMIT = 5.0
 GUARD_LIMIT = 1.05
 GUARD_TARGET = f"<= {GUARD_LIMIT:g}"
 FORMS: dict[str, dict[str, Any]] = {
@@ -186,6 +189,22 @@ class Idle(torch.optim.SGD):
             torch._foreach_mul_([p.grad for p in params], self.growth)
 
 
+def model_rows(quick: bool) -> Iterator[Row]:
+    """A full audit of each model of tests/models, its training step watched and 20 steps tried."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    folder = Path(__file__).parents[1] / "tests" / "models"
+    names = sorted(file.stem for file in folder.glob("[!_]*.py"))
+    for name in names[:1] if quick else names:
+        code = importlib.import_module(f"models.{name}")
+        model = code.build()
+        how = {"step": code.step} if hasattr(code, "step") else {"loss": code.loss}
+        how |= {"memory": code.MEMORY, "train_step": code.train_step, "trial": 20}
+        audit = partial(rnnguard.audit, model, code.optimizer(model), code.batches(), **how)
+        (taken,) = seconds(audit, repeats=1 if quick else 3)
+        limit = f"<= {MODEL_LIMIT:g}"
+        yield _row(f"full audit of models/{name}", taken, "s", limit, taken <= MODEL_LIMIT)
+
+
 def guard_rows(quick: bool) -> Iterator[Row]:
     """What the guard adds to a step, in units of clip_grad_norm_ + scheduler.step()."""
     bench = Bench(32, 64, 2, 2) if quick else Bench(1400, 1024, 2, 1)
@@ -326,6 +345,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "audit": audit_rows,
     "growth": growth_rows,
     "small": small_rows,
+    "models": model_rows,
     "guard": guard_rows,
     "import": import_rows,
     "memory": memory_rows,
