@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from rnnguard.inspection.batches import Batch
-from rnnguard.probe.batch_axis import Samples, batch_size_of, own_axis, rows_of, samples_of
+from rnnguard.probe.batch_axis import (
+    Samples,
+    batch_size_of,
+    own_axis,
+    rows_of,
+    samples_of,
+    shortened,
+)
 
 B, T, F = 6, 11, 5
 BATCH_FIRST, TIME_FIRST, SINGLE = torch.zeros(B, T, F), torch.zeros(T, B, F), torch.zeros(T, 1, F)
@@ -89,3 +96,15 @@ def test_the_axis_of_another_input() -> None:
     assert own_axis(torch.zeros(2, B, 4), given, samples) == 1
     assert own_axis(torch.zeros(B, B), given, samples) is None
     assert own_axis(torch.zeros(T, F), given, samples) is None
+
+
+def test_the_first_steps_of_all_that_has_steps() -> None:
+    x, lengths = torch.randn(6, 90, 5), torch.tensor([90, 80, 70, 30, 20, 10])
+    mask, context = torch.ones(6, 90), torch.randn(6, 4)
+    given = Batch((x, lengths), {"mask": mask, "context": context}, None, None)
+    short = shortened(given, Samples(0, 6, 90))
+    assert short is not None
+    assert torch.equal(short.args[0], x[:, :24]) and short.args[1].tolist() == [24] * 4 + [20, 10]
+    assert short.kwargs["mask"].shape == (6, 24) and short.kwargs["context"] is context
+    assert shortened(given, Samples(0, 24, 90)) is None  # both axes would be as long
+    assert shortened(given, Samples(0, 6, 40)) is None

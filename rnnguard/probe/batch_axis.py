@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rnnguard.inspection.batches import Batch
+from rnnguard.inspection.batches import Batch, with_tensors
 from rnnguard.inspection.recording import tensors_in
 from rnnguard.measurements import Site
 
 Rows = Callable[[int], Tensor]
+SHORT = 24  # steps in which samples that are mixed up meet
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,21 @@ def own_axis(tensor: Tensor, batch: Batch, samples: Samples) -> int | None:
         return samples.axis
     axes = [axis for axis, size in enumerate(tensor.shape) if size == samples.count]
     return axes[0] if len(axes) == 1 else None
+
+
+def shortened(batch: Batch, samples: Samples) -> Batch | None:
+    """The same with the first few steps only; None where that saves little, or is not certain."""
+    if samples.across < 2 * SHORT or samples.count == SHORT:
+        return None
+
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 1 and not tensor.is_floating_point():
+            return tensor.clamp(max=SHORT)  # lengths
+        axes = [axis for axis, size in enumerate(tensor.shape) if size == samples.across]
+        return tensor.narrow(axes[0], 0, SHORT) if len(axes) == 1 else tensor
+
+    args, kwargs = with_tensors((batch.args, dict(batch.kwargs)), cut)
+    return Batch(args, kwargs, batch.target, batch.raw)
 
 
 def rows_of(output: Any, samples: Samples) -> list[Rows]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, fx, nn
 
 from rnnguard.inspection.arguments import is_cell, is_packed
-from rnnguard.inspection.batches import cloned
+from rnnguard.inspection.batches import Batch, cloned
 from rnnguard.inspection.recording import tensors_in
 from rnnguard.inspection.sites import FoundSite
+from rnnguard.probe.batch_axis import samples_of, shortened
 from rnnguard.probe.gradients import Gradients
 from rnnguard.probe.snapshot import moved, same_bits, untouched
 from rnnguard.probe.stillness import differ, reseed
@@ -39,7 +41,7 @@ def bypassed_weights(
     own = {site.record.path: _own_weights(subject.model, site, named) for site in sites}
     try:
         every = sorted(set[str]().union(*own.values()))
-        overwritten = _run(subject, every)[1] if every else set[str]()
+        overwritten = _overwritten(subject, sites, every) if every else set[str]()
         found = {
             site.record.path: _of(subject, site, gradients, own[site.record.path], overwritten)
             for site in sites
@@ -97,6 +99,18 @@ def _made_of(weight: fx.Node) -> set[str]:
     return {str(node.target) for node in seen if node.meta.get("name") == "parameter"}
 
 
+def _overwritten(subject: Subject, sites: Sequence[FoundSite], names: list[str]) -> set[str]:
+    """Those of the weights that a forward replaces, whatever it is run on."""
+    batches = subject.batches
+    batch = batches.batches[subject.largest]
+    samples = samples_of(batch, None, [site.record for site in sites], subject.batch_size)
+    short = None if samples is None or batches.step is not None else shortened(batch, samples)
+    if short is not None:
+        with suppress(Exception):  # as of a model for sequences of one length
+            return _run(subject, names, short)[1]
+    return _run(subject, names)[1]
+
+
 def _without_effect(subject: Subject, names: list[str]) -> set[str]:
     """Those of the weights that may have other values without the output being another."""
     before = _run(subject, [])[0]
@@ -107,7 +121,9 @@ def _without_effect(subject: Subject, names: list[str]) -> set[str]:
     return {name for name in names if not _changes(before, _run(subject, [name])[0])}
 
 
-def _run(subject: Subject, nudged: Sequence[str]) -> tuple[list[Tensor], set[str]]:
+def _run(
+    subject: Subject, nudged: Sequence[str], batch: Batch | None = None
+) -> tuple[list[Tensor], set[str]]:
     """The output with these weights moved, and those of them that are not left as they are."""
     model, batches = subject.model, subject.batches
     named = dict(model.named_parameters())
@@ -119,8 +135,8 @@ def _run(subject: Subject, nudged: Sequence[str]) -> tuple[list[Tensor], set[str
     ):
         given = {name: named[name].detach().clone() for name in nudged}
         reseed(subject.seed)
-        batch = cloned(batches.batches[subject.largest])
-        outputs = [t.clone() for t in tensors_in(batches.forward(model, batch))]
+        own = cloned(batch or batches.batches[subject.largest])
+        outputs = [t.clone() for t in tensors_in(batches.forward(model, own))]
         now = dict(model.named_parameters())
         lost = {n for n, value in given.items() if n not in now or not same_bits(now[n], value)}
     return outputs, lost
