@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def _worked(
     # Small portions, since a pool takes everything that it is given at once.
     with get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         waiting = in_time()
-        while portion := [run for run, _ in zip(waiting, range(8 * workers), strict=False)]:
+        while portion := list(islice(waiting, 8 * workers)):
             yield from pool.imap_unordered(work, portion)
 
 
