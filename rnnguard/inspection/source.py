@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
-from rnnguard.inspection.own_code import own_functions
+from rnnguard.inspection.own_code import names_in, own_functions
 from rnnguard.inspection.sourcefile import SourceFile, lines_of
 from rnnguard.inspection.written import relative
 
@@ -41,7 +41,8 @@ def unused_detaches(model: nn.Module, *functions: object) -> list[str]:
     held = [value for module in model.modules() for value in (module, *vars(module).values())]
     if any(map(_detaches_itself, held)):
         return []
-    known = own_functions(model, *functions)
+    # What never calls it need not be read, which takes far longer than to ask the bytecode.
+    known = [f for f in own_functions(model, *functions) if "detach" in names_in(f.__code__)]
     sound = [f for f in known if not any(map(_detaches_itself, f.__globals__.values()))]
     nodes = ((function, node) for function, node in _read(sound))
     found = {
@@ -58,7 +59,10 @@ def retained_graph(*functions: object) -> str | None:
     None where another backward may follow through the same graph: of several losses in a loop,
     in another function, or in a gradient penalty.
     """
-    nodes = list(_read(own_functions(*functions)))
+    known = list(own_functions(*functions))
+    if not any(_keeps_graphs(function.__code__) for function in known):
+        return None
+    nodes = list(_read(known))
     with_backward = [(f, node) for f, node in nodes if _backwards(node)]
     if len(with_backward) != 1:
         return None
@@ -73,6 +77,13 @@ def retained_graph(*functions: object) -> str | None:
     if not (_retains(last) and sure and alone) or later:
         return None
     return relative(f"{function.__code__.co_filename}:{last.lineno}")
+
+
+def _keeps_graphs(code: CodeType) -> bool:
+    """Whether something is called with `retain_graph=`, by the bytecode."""
+    inner = (_keeps_graphs(each) for each in code.co_consts if isinstance(each, CodeType))
+    named = (each for each in code.co_consts if isinstance(each, tuple))
+    return any("retain_graph" in each for each in named) or any(inner)
 
 
 def _detaches_itself(value: Any) -> bool:
