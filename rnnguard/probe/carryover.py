@@ -41,7 +41,7 @@ def kept_tensors(recording: Recording) -> list[Tensor]:
     return [tensor for tensor in recording.kept.values() if tensor.is_floating_point()]
 
 
-def made_at(recording: Recording, kept: Tensor) -> str | None:
+def place_of(recording: Recording, kept: Tensor) -> str | None:
     """The user's file:line of the call that made a kept tensor."""
     node = next(node for node, tensor in recording.kept.items() if tensor is kept)
     while node.meta.get("name") == "item":

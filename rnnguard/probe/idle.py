@@ -31,8 +31,7 @@ def idle_parameters(
     a little, tell what only seems idle, as behind a matrix that starts at zero. `explained` are
     names that another finding is about; what an optimizer does not hold is left out on purpose.
     A gradient that is there but exactly zero counts only where all of a module's parameters have
-    none. Without a loss, what a method that `forward`
-    does not call makes use of is left out.
+    none. Without a loss, what a method that `forward` does not call makes use of is left out.
     """
     if subject.batches.basis in ("site alone", "not run") or not gradients.by_parameter:
         return ()

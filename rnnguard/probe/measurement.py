@@ -32,7 +32,7 @@ from rnnguard.probe.carryover import (
     carried_over,
     held_by,
     kept_tensors,
-    made_at,
+    place_of,
     takes_graph_along,
 )
 from rnnguard.probe.gradients import Gradients, gradient_norms
@@ -134,7 +134,7 @@ def _with_carryover(
     nodes = {node for nodes in carried.values() for node in nodes}
     read = {str(node.target) for node in nodes if takes_graph_along(node)}
     with_graph = [t for i, t in enumerate(kept) if t.grad_fn is not None and f"kept{i}" in read]
-    place = next((made_at(recording, tensor) for tensor in with_graph), None)
+    place = next((place_of(recording, tensor) for tensor in with_graph), None)
     places = {} if place is None else {"graph_kept": place}
     return told, {"graph_kept": bool(with_graph), "places": places}
 
