@@ -452,6 +452,8 @@ def test_the_peak_is_what_was_held_at_once(overhead: ModuleType) -> None:
 
 def test_the_overhead_of_a_small_audit_is_measured(overhead: ModuleType) -> None:
     rows = [row for part in ("audit", "growth", "models") for row in overhead.PARTS[part](True)]
+    taken = [float(row["value"]) for row in rows if row["unit"] != "exponent"]
+    assert len(taken) > 5 and min(taken) > 0
     # Over so few steps an exponent of growth may be anything.
     assert all(math.isfinite(float(row["value"])) for row in rows)
     assert {row["met"] for row in rows} <= {"", "True", "False"}

@@ -38,8 +38,10 @@ def ratio(rnn: nn.RNNBase, norms: Mapping[str, float]) -> float | None:
         ((math.inf, 1.0, 1.0), None),
         ((1e-30, 1e30, 1.0), 1e60),
         ((1e-300, 1e300, 1.0), sys.float_info.max),
-        ((0.0, 1e10, 1.0), 1e10),
+        ((0.0, 1e10, 1.0), sys.float_info.max),
+        ((3.0, 0.0, 1.0), 3.0 / sys.float_info.min),
         ((3.0, 0.0, 0.0), None),
+        ((3.0, 6.0, 0.0), 2.0),
     ],
 )
 def test_the_ratio_of_three_layers(norms: tuple[float, ...], expected: float | None) -> None:

@@ -14,8 +14,9 @@ from torch import nn
 
 import rnnguard
 from rnnguard.inspection.gates import is_recurrent
+from rnnguard.inspection.own_code import is_own
 
-_TORCH, _OURS = (str(Path(str(m.__file__)).parent) + os.sep for m in (torch, rnnguard))
+_OURS = str(Path(str(rnnguard.__file__)).parent) + os.sep
 # Parts of the package that hold modules of their own, as a user's files do.
 _MODULES_OF_OURS = (f"{_OURS}nn{os.sep}", f"{_OURS}demo.py")
 _PASSED = (
@@ -54,7 +55,7 @@ def caller(modules: Mapping[int, str]) -> Caller:
         file = frame.f_code.co_filename
         if file.startswith(_OURS) and not file.startswith(_MODULES_OF_OURS):
             break  # from here outwards it is the caller of rnnguard, not the model
-        if location is None and not file.startswith((_TORCH, _MODULES_OF_OURS[0])):
+        if location is None and is_own(file):
             location, spot = f"{file}:{frame.f_lineno}", frame.f_lasti
         if location is not None and owner is not None:
             break
