@@ -18,8 +18,11 @@ from rnnguard.probe.snapshot import fingerprint, untouched
 
 F, H, LENGTHS = 5, 16, torch.tensor([13, 11, 9, 8, 7, 6])
 B, T = len(LENGTHS), 13
-X = pad_sequence([torch.randn(int(n), F) for n in LENGTHS], batch_first=True)
-IDS = pad_sequence([torch.randint(1, 20, (int(n),)) for n in LENGTHS], batch_first=True)
+_SEED = torch.Generator().manual_seed(0)
+X = pad_sequence([torch.randn(int(n), F, generator=_SEED) for n in LENGTHS], batch_first=True)
+IDS = pad_sequence(
+    [torch.randint(1, 20, (int(n),), generator=_SEED) for n in LENGTHS], batch_first=True
+)
 MASK = torch.arange(T) < LENGTHS[:, None]
 Read = Callable[..., Any]
 

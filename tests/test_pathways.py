@@ -95,6 +95,15 @@ def test_padding_is_a_row_that_several_sequences_end_in(pad: float, lengths: lis
     assert real_lengths(padded(lengths, pad), full).tolist() == lengths
 
 
+def test_a_sequence_that_ends_in_two_equal_steps_does_not_hide_the_padding() -> None:
+    lengths = [T, 12, 9, 3]
+    x = padded(lengths)
+    x[-2, 0] = x[-1, 0]
+    assert real_lengths(x, torch.full((4,), T)).tolist() == lengths
+    x[-2:, 1] = 7.0  # two against two is no padding for sure
+    assert real_lengths(x, torch.full((4,), T)).tolist() == [T] * 4
+
+
 def test_a_common_tail_is_no_padding() -> None:
     full = torch.full((4,), T)
     assert real_lengths(padded([10] * 4), full).tolist() == [T] * 4
