@@ -18,20 +18,19 @@ from rnnguard.probe.demand_data import Part, parts_of, sequences_of
 from rnnguard.probe.history import Array, Sequences, families, histories, scaled
 from rnnguard.probe.lagscan import partial_p_values, scan_lags
 from rnnguard.probe.samples import Samples, samples_of
+from rnnguard.probe.small_systems import one_thread
 from rnnguard.probe.window_readouts import (
     CHOSEN_LAGS,
     CLEAR,
     SUPPORTED,
-    WIDEST,
+    DenseReadouts,
     Fit,
     clear_gain,
-    dense_fit,
     fewest_within,
     ladder,
     score,
     sparse_fit,
     tree_fit,
-    without_each_lag,
 )
 from rnnguard.records import Record
 
@@ -131,6 +130,7 @@ def demand_of(parts: list[Part], seed: int = 0) -> Demand | None:
     return None if sequences is None else _demand(sequences, seed)
 
 
+@one_thread()
 def _demand(sequences: Sequences, seed: int) -> Demand | None:
     """From the best clear read-out and the tests lag by lag."""
     count = len(np.unique(sequences.rows))
@@ -155,16 +155,16 @@ def _demand(sequences: Sequences, seed: int) -> Demand | None:
         fit = _refined(fit, found.refit, samples)
     others = None
     if not sequences.per_step:
-        x = found.x[:, : max(1, WIDEST // found.x.shape[2])]
-        others = partial_p_values(x, without_each_lag(x, samples), samples.classes)
+        others = partial_p_values(found.dense.x, found.dense.without_each_lag(), samples.classes)
     return _summarised(fit, samples, scan.found(others), max(scan.sure, default=-1) + 1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Readout:
-    """A read-out of features x (n, L, D), and how to fit it to other windows."""
+    """A read-out of features x (n, L, D), how to fit it to other windows, and the dense ones."""
 
     x: Array
+    dense: DenseReadouts
     fit: Fit
     refit: Callable[[Sequence[int]], Fit]
 
@@ -182,7 +182,7 @@ def _best_readout(
         if max(gains) > ENOUGH:
             break
     if not any(gains):
-        tried.append(_trees(tried[0].x, samples, seed))
+        tried.append(_trees(tried[0], samples, seed))
         gains.append(clear_gain(tried[-1].fit, samples, chance))
     clear = [readout for readout, gain in zip(tried, gains, strict=True) if gain]
     if not clear:
@@ -198,18 +198,20 @@ def _best_readout(
 def _lines(x: Array, samples: Samples) -> Iterator[_Readout]:
     """Ridge read-outs of whole windows, and of few lags."""
     windows = ladder(x.shape[1])
-    dense = partial(dense_fit, x, samples)
-    yield _Readout(x, dense(windows), dense)
+    dense = DenseReadouts(x, samples)
+    yield _Readout(x, dense, dense.fit(windows), dense.fit)
     for lags in CHOSEN_LAGS:
         sparse = partial(sparse_fit, x, samples, lags=lags)
-        yield _Readout(x, sparse(windows), sparse)
+        yield _Readout(x, dense, sparse(windows), sparse)
 
 
-def _trees(x: Array, samples: Samples, seed: int) -> _Readout:
+def _trees(line: _Readout, samples: Samples, seed: int) -> _Readout:
+    """On the features of a line."""
+    x = line.x
     refit = partial(tree_fit, x, samples, seed=seed)
     # Every fourth rung, since trees are slow and only asked whether there is anything at all.
     few = [k for k in ladder(x.shape[1])[::-4] if k * x.shape[2] <= TREE_COLUMNS] or [1]
-    return _Readout(x, refit(few[::-1]), refit)
+    return _Readout(x, line.dense, refit(few[::-1]), refit)
 
 
 def _refined(fit: Fit, refit: Callable[[Sequence[int]], Fit], samples: Samples) -> Fit:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from rnnguard.errors import RefusedError
 from rnnguard.probe.history import Array
+from rnnguard.probe.small_systems import one_thread, solved
 from rnnguard.records import Record
 
 FOLDS = 5
 SINGLE = 48  # lags taken one by one, before the ladder begins
 FEWEST = 48  # pairs of state and input that a lag is judged by
+VALUES = 200_000  # of the states' products that are held at once
 PENALTIES = (1e-9, 1e-6, 1e-3, 0.1, 10.0)  # per pair, of units with spread 1
 THRESHOLD = 0.1
 SURE = 0.995  # one-sided; a false lag of the ladder counts for all lags beside it
@@ -67,10 +69,13 @@ def forward_memory(
     inside = (np.arange(len(s))[:, None] < lengths.cpu().numpy()).astype(bool)
     folds = folds_of(inside, seed)
     kept = tuple(_ladder(folds)) if lags is None else _checked(lags, folds)
-    s, x = _standardised(s, inside), _varying(x, inside)
-    squares = _squares_by_lag(s, folds, kept)
-    shares = [_shares(s, x, folds, lag, own) for lag, own in zip(kept, squares, strict=True)]
-    return _summarised(kept, np.array(shares))
+    x = _varying(x, inside)
+    # Squares beside the values, so that the past's own sums of squares are among the products.
+    values = np.concatenate([x, x**2], axis=2)
+    held, past = _by_fold(_standardised(s, inside), values, folds)
+    with one_thread():
+        shares = [_shares(*found) for found in _moments_by_lag(held, past, kept)]
+    return _summarised(kept, np.concatenate(shares))
 
 
 def _summarised(lags: tuple[int, ...], shares: Array) -> ForwardMemory:
@@ -92,54 +97,77 @@ def _summarised(lags: tuple[int, ...], shares: Array) -> ForwardMemory:
     )
 
 
-def _squares_by_lag(s: Array, folds: Array, lags: Sequence[int]) -> Iterator[Array]:
-    """For each lag the products (folds, n + 1, n + 1) of the states that stand so late.
+def _by_fold(s: Array, x: Array, folds: Array) -> tuple[Array, Array]:
+    """States and inputs (folds, T, B', n) of the sequences that are in each fold.
 
-    The last column of `s` is 1, so that sums and counts are among them.
+    States are 0 outside of the fold, inputs outside of the sequences: the past of one
+    sequence's stretch may lie in another.
     """
-    kept, start = _squares(s, folds, s, int(folds.max()) + 1), 0
-    for lag in lags:
-        gone = slice(start, lag)
-        kept = kept - _squares(s[gone], folds[gone], s[gone], len(kept))
-        start = lag
-        yield kept
+    own = [np.flatnonzero((folds == fold).any(0)) for fold in range(int(folds.max()) + 1)]
+    shape = len(own), len(s), max(map(len, own))
+    states, past = np.zeros((*shape, s.shape[2])), np.zeros((*shape, x.shape[2]))
+    for fold, rows in enumerate(own):
+        of = folds[:, rows, None]
+        states[fold, :, : len(rows)] = np.where(of == fold, s[:, rows], 0)
+        past[fold, :, : len(rows)] = np.where(of >= 0, x[:, rows], 0)
+    return states, past
 
 
-def _squares(left: Array, folds: Array, right: Array, count: int) -> Array:
+def _moments_by_lag(s: Array, x: Array, lags: Sequence[int]) -> Iterator[tuple[Array, Array]]:
+    """Of a few lags at a time the products of states that stand so late, and of those and x.
+
+    s: (folds, T, B, n + 1), the last column 1, so that sums and counts are among the products
+    (lags, folds, n + 1, n + 1) and (lags, folds, n + 1, m); x: (folds, T, B, m).
+    """
+    at_once = max(1, VALUES // (len(s) * s.shape[3] ** 2))
+    kept, start = _products(s, s), 0
+    for first in range(0, len(lags), at_once):
+        squares, crossed = [], []
+        for lag in lags[first : first + at_once]:
+            gone = s[:, start:lag]
+            kept, start = kept - _products(gone, gone), lag
+            squares.append(kept)
+            crossed.append(_products(s[:, lag:], x[:, : x.shape[1] - lag]))
+        yield np.stack(squares), np.stack(crossed)
+
+
+def _products(left: Array, right: Array) -> Array:
     """(folds, n, m): the sum of products over each fold's steps."""
-    return np.stack([left[folds == fold].T @ right[folds == fold] for fold in range(count)])
+    rows, columns = (values.reshape(len(values), -1, values.shape[3]) for values in (left, right))
+    found: Array = rows.swapaxes(1, 2) @ columns
+    return found
 
 
-def _shares(s: Array, x: Array, folds: Array, lag: int, squares: Array) -> Array:
-    """(folds, 1 + F): R^2 over all channels and of each one, at the penalty that is best."""
-    count, past, folds = len(squares), x[: len(x) - lag], folds[lag:]
-    crossed = _squares(s[lag:], folds, past, count)
-    errors = np.empty((len(PENALTIES), count, x.shape[2]))
-    totals = np.empty((count, x.shape[2]))
-    for fold in range(count):
-        normal, moments = squares.sum(0) - squares[fold], crossed.sum(0) - crossed[fold]
-        middle, mean = normal[:-1, -1] / normal[-1, -1], moments[-1] / normal[-1, -1]
-        test = folds == fold
-        states, rest = s[lag:][test][:, :-1] - middle, past[test] - mean
-        totals[fold] = (rest**2).sum(0)
-        centred = normal[:-1, :-1] - normal[-1, -1] * np.outer(middle, middle)
-        shared = moments[:-1] - np.outer(normal[:-1, -1], mean)
-        for p, weights in enumerate(_ridges(centred, shared, normal[-1, -1])):
-            errors[p, fold] = ((rest - states @ weights) ** 2).sum(0)
-    best = errors[errors.sum((1, 2)).argmin()]
-    left = np.column_stack([best.sum(1), best])
-    whole = np.column_stack([totals.sum(1), totals])
-    shares: Array = np.where(whole > 0, 1 - left / np.where(whole > 0, whole, 1), 0)
-    return shares
+def _shares(squares: Array, crossed: Array) -> Array:
+    """(lags, folds, 1 + F): R^2 over all channels and of each one, at each lag's best penalty.
+
+    crossed: (lags, folds, n + 1, 2 F), the products of the states with the past and its square.
+    All errors are sums of products, so that no pair of state and input is looked at twice.
+    """
+    past, energy = np.split(crossed, 2, axis=3)
+    normal, moments = (p.sum(1, keepdims=True) - p for p in (squares, past))
+    count = normal[..., -1:, -1:]
+    middle, mean = normal[..., :-1, -1:] / count, moments[..., -1:, :] / count
+    weights = _ridges(
+        normal[..., :-1, :-1] - count * middle * middle.swapaxes(2, 3),
+        moments[..., :-1, :] - count * middle * mean,
+        count,
+    )
+    totals = energy[..., -1, :] - (2 * mean * past[..., -1:, :])[..., 0, :]
+    totals += mean[..., 0, :] ** 2 * squares[..., -1, -1:]
+    # The last is the offset, by which the states are taken from the mean of the other folds.
+    weights = np.concatenate([weights, -middle.swapaxes(2, 3) @ weights], axis=3)
+    shared = past - squares[..., -1:] * mean
+    errors = totals + (weights * (squares @ weights - 2 * shared)).sum(3)
+    best = errors[errors.sum((2, 3)).argmin(0), np.arange(len(errors[0]))]
+    best, totals = (np.concatenate([e.sum(2, keepdims=True), e], axis=2) for e in (best, totals))
+    return np.where(totals > 0, 1 - np.maximum(best, 0) / np.where(totals > 0, totals, 1), 0)
 
 
-def _ridges(normal: Array, moments: Array, count: float) -> Iterator[Array]:
-    """The weights (n, F) for each penalty."""
-    from scipy.linalg import cho_factor, cho_solve
-
-    for penalty in PENALTIES:
-        ridge = normal + penalty * count * np.eye(len(normal))
-        yield cho_solve(cho_factor(ridge, check_finite=False), moments, check_finite=False)
+def _ridges(normal: Array, moments: Array, count: Array) -> Array:
+    """The weights (penalties, lags, folds, n, F)."""
+    each = np.eye(normal.shape[-1])
+    return np.stack([solved(normal + penalty * count * each, moments) for penalty in PENALTIES])
 
 
 def folds_of(inside: Array, seed: int) -> Array:
@@ -157,7 +185,7 @@ def folds_of(inside: Array, seed: int) -> Array:
 def _allows(folds: Array, lag: int) -> bool:
     """Whether every fold has states at that lag, and all together enough."""
     left = folds[lag:][folds[lag:] >= 0]
-    return len(left) >= FEWEST and len(np.unique(left)) == len(np.unique(folds[folds >= 0]))
+    return len(left) >= FEWEST and bool(np.bincount(left, minlength=int(folds.max()) + 1).all())
 
 
 def _ladder(folds: Array) -> Iterator[int]:
@@ -187,11 +215,12 @@ def _standardised(s: Array, inside: Array) -> Array:
 
 
 def _varying(x: Array, inside: Array) -> Array:
-    """The channels that vary; one of zeros where none does."""
+    """The channels that vary, each from its mean; one of zeros where none does."""
     spread = x[inside].std(0)
     varying = spread > 1e-12 * np.abs(x[inside]).max(0)
-    kept: Array = x[:, :, varying] if varying.any() else np.zeros_like(x[:, :, :1])
-    return kept
+    kept = x[:, :, varying] if varying.any() else np.zeros_like(x[:, :, :1])
+    centred: Array = kept - kept[inside].mean(0)
+    return centred
 
 
 def _check(states: Tensor, inputs: Tensor, lengths: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ NEIGHBOURS = 8  # later steps whose part is taken out
 ROWS_PER_COLUMN = 10  # of a regression on them
 COLUMNS = 128  # of that regression, whose cost grows with their square
 CLUSTERS = 64
+VALUES = 200_000  # that are held at once beside the features
 WORK = 2_000_000_000  # multiplications of one scan
 OVERHEAD = 4  # multiplications per feature beside those with the target
 
@@ -37,6 +38,21 @@ class Scan:
         return _discovered(np.minimum(1, 2 * both))
 
 
+@dataclass(frozen=True)
+class _Products:
+    """What the tests of some lags rest on, each (lags, D, K).
+
+    Sums and sums of squares of independent products of feature and target, of expectation zero
+    without association; `power` is the product of the two sums of squares over `count` pairs,
+    which bounds the square of the sum.
+    """
+
+    sums: Array
+    squares: Array
+    power: Array
+    count: int
+
+
 def scan_lags(features: Array, sequences: Sequences, reach: int) -> Scan:
     """Tests each lag for association with the target; features: (B, T, D).
 
@@ -47,9 +63,8 @@ def scan_lags(features: Array, sequences: Sequences, reach: int) -> Scan:
     lag's p-value is the smallest over features and classes times their number (Bonferroni).
     Over lags the false discovery rate is held (Benjamini and Hochberg, JRSS B 57, 1995).
     """
-    sums = _step_sums if sequences.per_step else _end_sums
-    tests = [_test(*found) for found in sums(features, sequences, reach)]
-    p_values, shares = np.array(tests).T
+    products = _step_products if sequences.per_step else _end_products
+    p_values, shares = _tests(products(features, sequences, reach))
     sure = (p_values < SURE / len(p_values)) & (shares > WORTH)
     return Scan(p_values, _indices(sure))
 
@@ -59,30 +74,28 @@ def partial_p_values(x: Array, targets: Iterator[Array], classes: int) -> Array:
 
     targets: (n, K) for each lag. Finds lags that are each too faint beside all others.
     """
-    tests = []
-    for lag, target in enumerate(targets):
-        part = _innovation(x, lag)
-        y = _tested(target, classes)
-        tests.append(_test(part[:, :, None] * y[:, None, :], _power(part, y), len(y))[0])
-    return np.array(tests)
+    found = []
+    for parts in _innovations(x):
+        left = np.stack(list(itertools.islice(targets, len(parts))), axis=1)
+        found.append(_products(parts, _tested(left, classes).swapaxes(0, 1)))
+    return _tests(found)[0]
 
 
-def _test(sums: Array, power: Array, count: int) -> tuple[float, float]:
-    """The smallest p-value over features and classes, and the largest share explained.
-
-    sums: (clusters, D, K), zero in expectation without association; power: (D, K), the
-    product of the two sums of squares over `count` pairs, which bounds the square of the total.
-    """
+def _tests(found: Iterable[_Products]) -> tuple[Array, Array]:
+    """By lag the smallest p-value over features and classes, and the largest share explained."""
     from scipy.special import erfc
 
-    # The second is their expectation between independent pairs, since rare features that
-    # never meet a rare class leave next to nothing to see in the first.
-    squares = np.maximum((sums**2).sum(0), power / count)
-    z = np.abs(sums.sum(0)) / np.sqrt(np.where(squares > 0, squares, np.inf))
-    tested = int((squares > 0).sum())
-    p_value = min(1.0, float(erfc(z.max(initial=0.0) / np.sqrt(2))) * max(1, tested))
-    shares = sums.sum(0) ** 2 / np.where(power > 0, power, np.inf)
-    return p_value, float(shares.max(initial=0.0))
+    p_values, shares = [], []
+    for products in found:
+        # The second is their expectation between independent pairs, since rare features that
+        # never meet a rare class leave next to nothing to see in the first.
+        squares = np.maximum(products.squares, products.power / products.count)
+        z = np.abs(products.sums) / np.sqrt(np.where(squares > 0, squares, np.inf))
+        tested = np.maximum(1, (squares > 0).sum((1, 2)))
+        p_values.append(np.minimum(1, erfc(z.max((1, 2), initial=0) / np.sqrt(2)) * tested))
+        share = products.sums**2 / np.where(products.power > 0, products.power, np.inf)
+        shares.append(share.max((1, 2), initial=0))
+    return np.concatenate(p_values), np.concatenate(shares)
 
 
 def _discovered(p_values: Array) -> tuple[int, ...]:
@@ -97,37 +110,43 @@ def _indices(chosen: Array) -> tuple[int, ...]:
 
 
 def _tested(target: Array, classes: int) -> Array:
-    """Ranks of real values, which no outlier moves; of two classes one says it all."""
+    """Ranks of real values (n, ..., K), which no outlier moves; of two classes one says it all."""
     from scipy.stats import rankdata
 
     if classes:
-        return standardised(target[:, :1] if classes == 2 else target)
+        return standardised(target[..., :1] if classes == 2 else target)
     return standardised(rankdata(target, axis=0))
 
 
-def _end_sums(
-    features: Array, sequences: Sequences, reach: int
-) -> Iterator[tuple[Array, Array, int]]:
-    """Per lag the products (n, D, K) of innovation and target, their power and number."""
-    x, y = histories(features, sequences, reach), _tested(sequences.target, sequences.classes)
-    for lag in range(reach):
-        part = _innovation(x, lag)
-        yield part[:, :, None] * y[:, None, :], _power(part, y), len(y)
+def _end_products(features: Array, sequences: Sequences, reach: int) -> Iterator[_Products]:
+    """Of the innovation at each lag and the target, sequence by sequence."""
+    y = _tested(sequences.target, sequences.classes)
+    for parts in _innovations(histories(features, sequences, reach)):
+        yield _products(parts, y)
 
 
-def _innovation(x: Array, lag: int) -> Array:
-    """(n, D): the features at a lag without what the steps after it predict."""
-    later = _later(len(x), x.shape[2])
-    near = x[:, max(0, lag - later) : lag].reshape(len(x), -1)
-    part: Array = x[:, lag] - _predicted(near, x[:, lag])
-    return part
+def _products(parts: Array, y: Array) -> _Products:
+    """Of parts (lags, n, D) and targets (n, K) or (lags, n, K), sample by sample."""
+    first, second = parts**2, y**2
+    power = first.sum(1)[:, :, None] * second.sum(-2)[..., None, :]
+    return _Products(parts.swapaxes(1, 2) @ y, first.swapaxes(1, 2) @ second, power, len(parts[0]))
 
 
-def _power(left: Array, right: Array) -> Array:
-    """(D, K): sums of squares over all but the last axis of each, multiplied."""
-    axes = "abc"[: left.ndim]
-    into = f"{axes},{axes}->{axes[-1]}"
-    return np.outer(np.einsum(into, left, left), np.einsum(into, right, right))
+def _innovations(x: Array) -> Iterator[Array]:
+    """(lags, n, D), a few lags at a time: the features without what the steps after predict.
+
+    x: (n, L, D), lag 0 first.
+    """
+    count, reach, width = x.shape
+    later = _later(count, width)
+    at_once = max(1, VALUES // (count * width * max(1, later)))
+    for start in range(0, reach, at_once):
+        values = x[:, start : start + at_once].swapaxes(0, 1)
+        near = np.zeros((len(values), count, later * width))
+        for lag, columns in enumerate(near, start):
+            after = x[:, max(0, lag - later) : lag].reshape(count, -1)
+            columns[:, : after.shape[1]] = after
+        yield values - _predicted(near, values)
 
 
 def _later(rows: int, width: int) -> int:
@@ -136,18 +155,15 @@ def _later(rows: int, width: int) -> int:
 
 
 def _predicted(near: Array, values: Array) -> Array:
-    """Least squares of the values (n, D) on what is near (n, P), with a slight ridge."""
-    if near.shape[1] == 0:
-        return np.zeros_like(values)
-    normal = near.T @ near + 1e-6 * len(near) * np.eye(near.shape[1])
-    fitted: Array = near @ np.linalg.solve(normal, near.T @ values)
+    """Least squares of values (..., n, D) on what is near (..., n, P), with a slight ridge."""
+    slight = 1e-6 * near.shape[-2] * np.eye(near.shape[-1])
+    rows = near.swapaxes(-1, -2)
+    fitted: Array = near @ np.linalg.solve(rows @ near + slight, rows @ values)
     return fitted
 
 
-def _step_sums(
-    features: Array, sequences: Sequences, reach: int
-) -> Iterator[tuple[Array, Array, int]]:
-    """Per lag the sums (clusters, D, K) over the targets of a sequence, their power, number."""
+def _step_products(features: Array, sequences: Sequences, reach: int) -> Iterator[_Products]:
+    """Of the innovation at each lag and the targets so much later, summed over each sequence."""
     batch, steps, width = features.shape
     y = _tested(sequences.target, sequences.classes)
     work = reach * steps * width * (y.shape[1] + OVERHEAD)
@@ -160,14 +176,18 @@ def _step_sums(
     # What both follow by the clock alone is no memory.
     target = (target - target.sum(0) / np.maximum(given.sum(0), 1)) * given
     centred = features - features.mean(0)
-    for lag, part in zip(range(reach), _innovations(centred, reach), strict=False):
+    second = np.einsum("btk,btk->tk", target, target)
+    for lag, part in zip(range(reach), _step_innovations(centred), strict=False):
         pieces = _pieces(batch, steps - lag)
         left, right = part[:, : steps - lag], target[:, lag:]
         bounds = np.linspace(0, steps - lag, pieces + 1).astype(int)
-        sums = [
+        sums = np.concatenate([
             left[:, a:b].transpose(0, 2, 1) @ right[:, a:b] for a, b in itertools.pairwise(bounds)
-        ]
-        yield np.concatenate(sums), _power(left, right), left.shape[0] * left.shape[1]
+        ])  # fmt: skip
+        first = np.einsum("btd,btd->d", left, left)
+        power = np.outer(first, second[lag:].sum(0))
+        squares = np.einsum("cdk,cdk->dk", sums, sums)
+        yield _Products(sums.sum(0)[None], squares[None], power[None], batch * (steps - lag))
 
 
 def _pieces(batch: int, steps: int) -> int:
@@ -175,17 +195,21 @@ def _pieces(batch: int, steps: int) -> int:
     return max(1, min(-(-CLUSTERS // batch), steps // 25))
 
 
-def _innovations(centred: Array, reach: int) -> Iterator[Array]:
+def _step_innovations(centred: Array) -> Iterator[Array]:
     """At lag 0, 1, ... the features without what the steps up to the target's predict."""
     batch, steps, width = centred.shape
     later = min(_later(batch * steps, width), steps - 1)
+    values = centred.reshape(-1, width)
+    ahead = (_shifted(centred, by).reshape(-1, width) for by in range(1, later + 1))
+    near = np.concatenate([values[:, :0], *ahead], axis=1)
+    normal = near.T @ near + 1e-6 * len(near) * np.eye(near.shape[1])
+    moments = near.T @ values
     part = centred
-    for lag in range(reach):
-        if lag <= later:
-            ahead = [_shifted(centred, j) for j in range(1, lag + 1)]
-            near = np.concatenate(ahead, axis=2) if ahead else centred[:, :, :0]
-            flat = near.reshape(batch * steps, -1)
-            part = centred - _predicted(flat, centred.reshape(-1, width)).reshape(centred.shape)
+    for lag in itertools.count():
+        if 0 < lag <= later:
+            m = lag * width
+            weights = np.linalg.solve(normal[:m, :m], moments[:m])
+            part = centred - (near[:, :m] @ weights).reshape(centred.shape)
         yield part
 
 

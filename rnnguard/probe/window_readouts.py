@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rnnguard.probe.history import Array
+from rnnguard.probe.nested_ridge import middles, nested_ridge
 from rnnguard.probe.samples import Samples, squared
 
 WIDEST = 1000  # columns of one dense read-out, whose cost grows with their cube
@@ -44,68 +45,57 @@ class Fit:
         return Fit(tuple(windows.tolist()), losses, predictions)
 
 
-def dense_fit(x: Array, samples: Samples, windows: Sequence[int]) -> Fit:
-    """A ridge read-out of all columns of each window that is not too wide.
+class DenseReadouts:
+    """Ridge read-outs of all columns of each window that is not too wide.
 
-    x: (n, L, D) standardised, nearest lag first, so that each window's normal matrix is a
-    leading block of the longest one's and one Cholesky factor serves them all.
+    x: (n, L, D) standardised, nearest lag first, of which the first lags are kept.
     """
-    from scipy.linalg import cholesky, solve_triangular
 
-    width = x.shape[2]
-    windows = tuple(k for k in windows if k * width <= max(width, WIDEST))
-    flat = np.ascontiguousarray(x[:, : windows[-1]].reshape(len(x), -1))
-    found = np.empty((len(PENALTIES), len(windows), *samples.target.shape))
-    for test, held_out, normal, moments in _normal_equations(flat, samples):
-        for p, penalty in enumerate(PENALTIES):
-            ridge = normal + penalty * np.eye(len(normal))
-            factor = cholesky(ridge, lower=True, check_finite=False)
-            half = solve_triangular(factor, moments, lower=True, check_finite=False)
-            for w, k in enumerate(windows):
-                m = k * width
-                block = factor[:m, :m]
-                weights = solve_triangular(
-                    block, half[:m], trans="T", lower=True, check_finite=False
-                )
-                found[p, w, test] = held_out[:, :m] @ weights
-    return _best_penalty(windows, found, samples)
+    def __init__(self, x: Array, samples: Samples) -> None:
+        self.x = x[:, : max(1, WIDEST // x.shape[2])]
+        self._samples = samples
+        self._table = self.x.reshape(len(x), -1)
+        self._ridge = nested_ridge(self._table, samples, PENALTIES)
+        self._of_all: Array | None = None
+
+    def fit(self, windows: Sequence[int]) -> Fit:
+        """Of those of the windows that are not too wide."""
+        windows = tuple(k for k in windows if k <= self.x.shape[1])
+        found = self._ridge.predictions([k * self.x.shape[2] for k in windows])
+        if windows[-1] == self.x.shape[1]:
+            self._of_all = found[:, -1].copy()
+        return _best_penalty(windows, found, self._samples)
+
+    def without_each_lag(self) -> Iterator[Array]:
+        """For each lag the targets (n, K) minus what a read-out makes of all other lags.
+
+        Out of fold, at the penalty that predicts best.
+        """
+        samples, table = self._samples, self._table
+        found = self._of_all
+        if found is None:
+            found = self._ridge.predictions([table.shape[1]])[:, 0]
+        rest = samples.surprise - found
+        best = int(squared(rest).sum(1).argmin())
+        weights = self._ridge.weights(best, found[best])
+        tests = [samples.folds == fold for fold in range(len(weights))]
+        own = [table[t] - m for t, m in zip(tests, middles(table, samples), strict=True)]
+        for low in range(0, table.shape[1], self.x.shape[2]):
+            lag = slice(low, low + self.x.shape[2])
+            left = rest[best].copy()
+            for test, columns, weight in zip(tests, own, weights, strict=True):
+                left[test] += columns[:, lag] @ weight[lag]
+            yield left
+
+
+def dense_fit(x: Array, samples: Samples, windows: Sequence[int]) -> Fit:
+    """A ridge read-out of all columns of each window that is not too wide; x: (n, L, D)."""
+    return DenseReadouts(x, samples).fit(windows)
 
 
 def without_each_lag(x: Array, samples: Samples) -> Iterator[Array]:
-    """For each lag the targets (n, K) minus what a dense read-out makes of all other lags.
-
-    x: (n, L, D) as for `dense_fit`. Out of fold, at the penalty that predicts best.
-    """
-    width = x.shape[2]
-    flat = np.ascontiguousarray(x.reshape(len(x), -1))
-    count, folds = samples.target.shape[1], int(samples.folds.max()) + 1
-    weights = np.empty((len(PENALTIES), folds, flat.shape[1], count))
-    rest = np.empty((len(PENALTIES), *samples.target.shape))
-    columns = np.empty_like(flat)
-    for fold, (test, held_out, normal, moments) in enumerate(_normal_equations(flat, samples)):
-        columns[test] = held_out
-        for p, penalty in enumerate(PENALTIES):
-            ridge = normal + penalty * np.eye(len(normal))
-            weights[p, fold] = np.linalg.solve(ridge, moments)
-            rest[p, test] = samples.surprise[test] - held_out @ weights[p, fold]
-    best = int(squared(rest).sum(1).argmin())
-    own = weights[best].reshape(folds, -1, width, count)[samples.folds]
-    columns = columns.reshape(x.shape)
-    for lag in range(x.shape[1]):
-        yield rest[best] + np.einsum("nd,ndk->nk", columns[:, lag], own[:, lag])
-
-
-def _normal_equations(flat: Array, samples: Samples) -> Iterator[tuple[Array, Array, Array, Array]]:
-    """For each fold who is held out, their columns, and the others' squares and moments.
-
-    All columns are taken from the mean of those outside the fold.
-    """
-    gram, total = flat.T @ flat, flat.sum(0)
-    for train, y, test in samples.splits():
-        held_out, count = flat[test], np.count_nonzero(train)
-        middle = (total - held_out.sum(0)) / count
-        normal = gram - held_out.T @ held_out - count * np.outer(middle, middle)
-        yield test, held_out - middle, normal, flat[train].T @ y - np.outer(middle, y.sum(0))
+    """For each lag the targets (n, K) minus what a dense read-out makes of all other lags."""
+    return DenseReadouts(x, samples).without_each_lag()
 
 
 def sparse_fit(x: Array, samples: Samples, windows: Sequence[int], *, lags: int) -> Fit:
@@ -114,19 +104,22 @@ def sparse_fit(x: Array, samples: Samples, windows: Sequence[int], *, lags: int)
     The lags are chosen anew within the training part of every fold.
     """
     width = x.shape[2]
+    table = x.reshape(len(x), -1)
     found = np.empty((1, len(windows), *samples.target.shape))
-    for train, y, test in samples.splits():
-        middle = x[train].mean(0)
-        seen, held_out = x[train] - middle, x[test] - middle
-        strength = (np.tensordot(y, seen, axes=(0, 0)) ** 2).sum((0, 2))
+    for (train, y, test), middle in zip(samples.splits(), middles(table, samples), strict=True):
+        told, mean = np.zeros_like(samples.target), middle.reshape(x.shape[1:])
+        told[train] = y - y.mean(0)
+        moments = (table.T @ told).reshape(*x.shape[1:], -1)
+        strength = (moments**2).sum((1, 2))
         solved: dict[tuple[int, ...], Array] = {}
         for w, k in enumerate(windows):
             chosen = tuple(sorted(np.argsort(-strength[:k], kind="stable")[:lags].tolist()))
             if chosen not in solved:
-                columns = seen[:, chosen].reshape(len(seen), -1)
-                normal = columns.T @ columns + len(columns) * 1e-3 * np.eye(len(chosen) * width)
-                weights = np.linalg.solve(normal, columns.T @ y)
-                solved[chosen] = held_out[:, chosen].reshape(-1, len(weights)) @ weights
+                columns = (x[:, chosen] - mean[chosen, :]).reshape(len(x), -1)
+                seen = columns[train]
+                normal = seen.T @ seen + len(seen) * 1e-3 * np.eye(len(chosen) * width)
+                right = moments[chosen, :].reshape(len(normal), -1)
+                solved[chosen] = columns[test] @ np.linalg.solve(normal, right)
             found[0, w, test] = solved[chosen]
     return _best_penalty(tuple(windows), found, samples)
 
