@@ -1,0 +1,1 @@
+"""What training reaches after each policy, when one budget pays for the policy, too."""
