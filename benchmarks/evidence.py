@@ -253,7 +253,9 @@ def trained(task: Task, seed: int, stabilized: bool) -> tuple[float, str]:
     loss: Any = nn.MSELoss() if real else nn.CrossEntropyLoss()
     applied = ""
     if stabilized:
-        report = rnnguard.stabilize(model, optimizer, batches, loss=loss, memory=task.memory)
+        report = rnnguard.stabilize(
+            model, optimizer, batches, loss=loss, memory=task.memory, trial=False
+        )
         kept = [c.remedy for c in report.changes if c.outcome == "applied" and c.path is not None]
         applied = "+".join(kept) or "step tier only"
     for x, y in batches:

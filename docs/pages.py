@@ -78,10 +78,12 @@ def _scenarios(book: Rulebook) -> Iterator[str]:
     yield "# Scenarios\n\nWhat is done in which situation; the first row of each scope wins."
     for scope in dict.fromkeys(row.scope for row in book.scenarios):
         yield f"\n## {scope}\n\n| priority | row | when | remedies | why |\n|---|---|---|---|---|"
-        for row in book.ranked(scope):
+        rivals = [row for row in book.scenarios if row.scope == scope and row.only_rival]
+        for row in (*book.ranked(scope), *rivals):
             when = ", ".join(f"{name} {cell}" for name, cell in row.when.cells.items())
             done = ", ".join(row.apply) or (f"advice: {row.advice}" if row.advice else "nothing")
-            yield f"| {row.priority} | {row.id} | {when} | {done} | {row.why} |"
+            place = "in a trial" if row.only_rival else row.priority
+            yield f"| {place} | {row.id} | {when} | {done} | {row.why} |"
 
 
 def _hidden_contents(names: Iterator[str]) -> Iterator[str]:

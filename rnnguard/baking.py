@@ -33,7 +33,9 @@ from rnnguard.nn import (
     LayerNormLSTM,
     LayerNormRNN,
     Orthogonal,
+    PenalizedRNN,
     ResidualRNN,
+    RetentionPenalty,
     SpectralBound,
     WeightNorm,
     ZoneoutGRU,
@@ -52,6 +54,7 @@ _INSIDE = {
     LayerNormGRU: "its norm lies inside the recurrence",
     LayerNormLSTM: "its norm lies inside the recurrence",
     LayerNormRNN: "its norm lies inside the recurrence",
+    PenalizedRNN: "its backward adds a penalty, which a hook on the forward cannot",
     ResidualRNN: "its residual lies inside the recurrence",
     ZoneoutGRU: "its zoneout lies inside the recurrence",
     ZoneoutLSTM: "its zoneout lies inside the recurrence",
@@ -61,7 +64,15 @@ _AROUND: dict[type[nn.Module], str] = {
         (FusedRNN, FusedLSTM, FusedGRU), "what was added works around each call of its kernel"
     ),
     **dict.fromkeys(
-        (AttentionReadout, BetweenLayers, DropConnect, Orthogonal, SpectralBound, WeightNorm),
+        (
+            AttentionReadout,
+            BetweenLayers,
+            DropConnect,
+            Orthogonal,
+            RetentionPenalty,
+            SpectralBound,
+            WeightNorm,
+        ),
         "it is a part of a module of rnnguard",
     ),
 }

@@ -1,15 +1,14 @@
-"""The command line: audit, demo, rule, remedy, config, rules check, version.
+"""The command line: audit, demo, bench, rule, remedy, config, rules check, version.
 
-Exit codes: 0 clean, 1 findings at or above --fail-on, 2 could not audit (any crash included).
+Exit codes: 0 clean, 1 findings at or above --fail-on, 2 could not audit (any crash included);
+130 where Ctrl-C ended a bench.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +16,9 @@ import typer
 
 import rnnguard
 from rnnguard import options
-from rnnguard.errors import RNNGuardError, RulesError
+from rnnguard.answers import answer, print_out
+from rnnguard.bench.command import bench
+from rnnguard.errors import RulesError
 from rnnguard.files import write_text
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def audit(
         _deliver(report, output_format or _by_suffix(output), output, quiet)
         return 1 if report.exceeds(settings.fail_on or "error") and not exit_zero else 0
 
-    _answer(work, debug)
+    answer(work, debug)
 
 
 @app.command()
@@ -117,7 +118,10 @@ def demo(
         story.run(seed, output)
         return 0
 
-    _answer(work, debug)
+    answer(work, debug)
+
+
+app.command()(bench)
 
 
 @app.command()
@@ -157,10 +161,10 @@ def _explain(
 
         told = rules_told if what == "rules" else remedies_told
         book = load_rulebook([effective(file=config, isolated=isolated)])
-        _print(told(book, name, every, output_format))
+        print_out(told(book, name, every, output_format))
         return 0
 
-    _answer(work, debug)
+    answer(work, debug)
 
 
 @app.command("config")
@@ -175,10 +179,10 @@ def settings_in_force(
 
         settings = effective(file=config, isolated=isolated)
         load_rulebook([settings])  # for what is said of a wrong word
-        _print(told(settings))
+        print_out(told(settings))
         return 0
 
-    _answer(work, debug)
+    answer(work, debug)
 
 
 @rules_app.command()
@@ -200,17 +204,17 @@ def check(
         try:
             book = load_rulebook([folder] if folder else [])
         except RulesError as error:
-            _print(str(error))
+            print_out(str(error))
             return 1
         found = problems(book, [remedy.name for remedy in REMEDIES])
         for problem in found:
-            _print(str(problem))
+            print_out(str(problem))
         if any(problem.severity == "error" for problem in found):
             return 1
-        _print(f"{len(book.rules)} rules and {len(book.scenarios)} scenarios are in order.")
+        print_out(f"{len(book.rules)} rules and {len(book.scenarios)} scenarios are in order.")
         return 0
 
-    _answer(work, debug)
+    answer(work, debug)
 
 
 @app.command()
@@ -228,31 +232,7 @@ def version(
         for package in ("torch", "numpy", "scikit-learn", "pydantic", "typer", "rich", "jinja2"):
             with contextlib.suppress(PackageNotFoundError):
                 lines.append(f"{package} {installed(package)}")
-    _print("\n".join(lines))
-
-
-def _answer(work: Callable[[], int], debug: bool) -> None:
-    """Ends the command with the code that `work` gives, or 2 and one sentence on stderr."""
-    try:
-        code = work()
-    except BaseException as error:  # SystemExit and KeyboardInterrupt must not look like findings
-        if debug:
-            traceback.print_exc()
-        print(_sentence(error), file=sys.stderr)
-        code = 2
-    raise typer.Exit(code)
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, RNNGuardError):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "Interrupted."
-    from rnnguard.targets import origin
-
-    said = " ".join(str(error).split())
-    kind = type(error).__name__
-    return f"{kind}{origin(error)}: {said or 'no message'} (--debug shows the traceback)"
+    print_out("\n".join(lines))
 
 
 def _split(names: Sequence[str] | None) -> list[str]:
@@ -280,16 +260,6 @@ def _deliver(
     else:
         text = report.to_json() if output_format == "json" else report.to_html()
     if output is None:
-        _print(text.rstrip("\n"))
+        print_out(text.rstrip("\n"))
     else:
         write_text(output, text.rstrip("\n") + "\n")
-
-
-def _print(text: str) -> None:
-    """Writes to stdout; neither an old encoding nor a reader that went away is a failure."""
-    with contextlib.suppress(AttributeError):  # a captured stdout may not be a file
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,10 +25,12 @@ from rnnguard.replay import REMEDY, replay, replay_refusals, target
 from rnnguard.rewrite.edit import Edit
 from rnnguard.rewrite.stepguard import refusals_for_clip
 
+SCHEDULE = "warmup_cosine"
+
 
 @dataclass
 class Mending:
-    """One course of changes: the newest look, what was tried and left alone, and what it costs."""
+    """One course of changes: the newest look, what was tried and left alone, and what to tell."""
 
     subject: Subject
     rulebook: Rulebook
@@ -38,15 +40,16 @@ class Mending:
     look: Look
     changes: list[Change] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
-    costs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rate: float | None = None
+    """The peak of the schedule as a trial has found it; 1 for no schedule, None without a trial."""
 
-    def run(self) -> None:
-        """Sites first, since the clip's dose rests on the gradients that they then give."""
+    def mend_sites(self) -> None:
+        """What the scenarios of each site call for, as far as the probe confirms it."""
         self._remember()
         for found in self.look.sites:
             if found.record.path not in self.skip:
                 self._mend_site(found.record.path)
-        self._guard_steps()
 
     def follow(self, changes: list[Change], refusals: list[Refusal]) -> None:
         """Does what another process decided, and looks at what that gives on this one's data."""
@@ -125,7 +128,7 @@ class Mending:
         if before is not None and after is not None:
             times = f"{after / before:.1f} times as long as before"
             said = f"`{change.path}`: after {change.remedy} its forward and backward takes {times}."
-            self.costs.append(said)
+            self.notes.append(said)
 
     def _judged(self, remedy: Remedy, look: Look, path: str) -> Verdict:
         """Whether the change did at `path` what it was made for, and no harm elsewhere."""
@@ -172,25 +175,29 @@ class Mending:
         self.refusals.append(Refusal("RG910", path, fact, cure))
         return False
 
-    def _guard_steps(self) -> None:
+    def guard_steps(self) -> None:
+        """Last of all, since the clip's dose rests on the gradients that the sites then give."""
         optimizer = self.subject.optimizer
-        if optimizer is None or "step" not in self.tiers:
-            return
-        reasons = refusals_for_clip(optimizer)
-        if reasons:
-            self.refusals += reasons
-            return
+        if optimizer is not None and "step" in self.tiers:
+            self.refusals += refusals_for_clip(optimizer)
+        for change in self.step_changes():
+            REMEDY[change.remedy].apply(self.edit, self.subject.model, change.dose)
+            self.changes.append(change.model_copy(update={"outcome": "applied"}))
+            self._note_guard()
+
+    def step_changes(self) -> list[Change]:
+        """What the run's scenario calls for, with doses from the newest look."""
+        optimizer = self.subject.optimizer
+        if optimizer is None or "step" not in self.tiers or refusals_for_clip(optimizer):
+            return []
         run = self.look.measurement.run
         row = matching(self.rulebook, "run", None, run)
         if row is None:
-            return
+            return []
         why = reason(row, None, run)
-        for remedy in allowed(row, REMEDY, self.tiers):
-            change = prescribed(row, why, remedy, None, run)
-            if change is not None:
-                REMEDY[remedy.name].apply(self.edit, self.subject.model, change.dose)
-                self.changes.append(change.model_copy(update={"outcome": "applied"}))
-                self._note_guard()
+        row = _paced(row, self.rate)
+        found = (prescribed(row, why, r, None, run) for r in allowed(row, REMEDY, self.tiers))
+        return [change for change in found if change is not None]
 
     def _note_guard(self) -> None:
         """The guard acts at steps only, so that of all readings just this one is new."""
@@ -209,6 +216,20 @@ class Mending:
 def diagnosed(look: Look) -> Look:
     """The look with every site's level judged."""
     return replace(look, measurement=diagnose(look.measurement))
+
+
+def _paced(row: Scenario, rate: float | None) -> Scenario:
+    """The row with a schedule that goes up to that part of the user's rate.
+
+    A schedule without a peak of its own is none that the trial has tried.
+    """
+    if rate is None or SCHEDULE not in row.apply:
+        return row
+    if rate == 1.0:
+        others = tuple(remedy for remedy in row.apply if remedy != SCHEDULE)
+        return row.model_copy(update={"apply": others})
+    dose = {**row.dose, SCHEDULE: {**row.dose.get(SCHEDULE, {}), "peak": rate}}
+    return row.model_copy(update={"dose": dose})
 
 
 def _weights(model: nn.Module, site: FoundSite | WrittenSite) -> set[int]:

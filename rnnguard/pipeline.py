@@ -26,12 +26,14 @@ from rnnguard.mending import Mending, diagnosed
 from rnnguard.probe.measurement import Look, measure, unmeasured
 from rnnguard.probe.subject import Subject
 from rnnguard.probe.training_step import TrainStep
+from rnnguard.race import Race
 from rnnguard.ranks import alike, note, rank, told
 from rnnguard.records import TIERS, Plan, Tier
 from rnnguard.replay import read_plan, replay, replay_refusals
 from rnnguard.report.notes import (
     ORDER,
     about_growth,
+    about_race,
     notes_of,
     replay_notes,
 )
@@ -41,6 +43,7 @@ from rnnguard.rewrite.edit import Edit
 from rnnguard.rewrite.growth import Growth, growth_of
 from rnnguard.rewrite.stepguard import engagement_of
 from rnnguard.rewrite.transaction import transaction
+from rnnguard.trying import tried_out
 
 
 def audit(
@@ -106,6 +109,7 @@ def stabilize(
     memory: int | None = None,
     total_steps: int | None = None,
     tiers: Sequence[Tier] = TIERS,
+    trial: int | bool | None = None,
     rules: Rules = None,
     skip: Iterable[str] = (),
     seed: int = 0,
@@ -115,10 +119,13 @@ def stabilize(
 
     Takes `audit`'s readings options; total_steps: planned optimizer steps (without them the
     schedule warms up and holds); tiers: what may be changed; skip: paths to leave alone.
-    Raises RefusedError before anything is touched, or RewriteError with all restored.
+    trial: with data and a loss, candidates train a little, all of it taken back, and only what
+    then is better than nothing is applied; False for the probe's word alone, a number for the
+    steps per candidate. Raises RefusedError before anything is touched, or RewriteError with
+    all restored.
     """
-    request = Request(data, inputs, loss, step, memory, total_steps, seed)
-    report = _stabilized(model, optimizer, request, tiers, rules, skip, keep=True)
+    request = Request(data, inputs, loss, step, memory, total_steps, seed, trial)
+    report = _stabilized(model, optimizer, request, tiers, rules, skip, verbose, keep=True)
     return _shown(report, verbose)
 
 
@@ -133,14 +140,15 @@ def plan(
     memory: int | None = None,
     total_steps: int | None = None,
     tiers: Sequence[Tier] = TIERS,
+    trial: int | bool | None = None,
     rules: Rules = None,
     skip: Iterable[str] = (),
     seed: int = 0,
     verbose: bool | None = None,
 ) -> Plan:
     """What `stabilize` would do: done, measured and taken back; replay it with `apply`."""
-    request = Request(data, inputs, loss, step, memory, total_steps, seed)
-    report = _stabilized(model, optimizer, request, tiers, rules, skip, keep=False)
+    request = Request(data, inputs, loss, step, memory, total_steps, seed, trial)
+    report = _stabilized(model, optimizer, request, tiers, rules, skip, verbose, keep=False)
     return _shown(report, verbose).plan
 
 
@@ -193,6 +201,7 @@ def _stabilized(
     tiers: Sequence[Tier],
     rules: Rules,
     skip: Iterable[str],
+    verbose: bool | None,
     *,
     keep: bool,
 ) -> Report:
@@ -201,17 +210,21 @@ def _stabilized(
     with alike():
         rulebook, skip = rulebook_of(rules), left_alone(asked.model, skip)
         options = option_refusals(request.memory, request.total_steps)
-        refuse([*tier_refusals(tiers), *options, *asked.refusals(tiers),
+        refuse([*tier_refusals(tiers), *options, *request.trial_refusals(),
+                *asked.refusals(tiers),
                 *run_refusals(asked.model), *skip_refusals(asked.model, skip),
                 *asked.held_refusals(tiers, skip)])  # fmt: skip
         subject = request.subject(asked)
         before = looked_at(subject)
     edit = Edit(asked.model, asked.optimizer)
+    race = None
     with transaction(edit), alike():
         mending = Mending(subject, rulebook, edit, asked.permitted(tiers), skip, before)
         mending.refusals += asked.kept(tiers)
         if rank() == 0:
-            mending.run()
+            mending.mend_sites()
+            race = tried_out(mending, request, before, verbose)
+            mending.guard_steps()
         decided = told((mending.changes, mending.refusals))
         if rank() > 0:
             mending.follow(*decided)
@@ -219,12 +232,12 @@ def _stabilized(
         growth = growth_of(edit)
         if not keep:
             edit.rollback_()
-    return _report(rulebook, before, mending, edit, asked, keep, growth)
+    return _report(rulebook, before, mending, edit, asked, keep, growth, race)
 
 
 def _report(
     rulebook: Rulebook, before: Look, mending: Mending, edit: Edit, asked: Given, keep: bool,
-    growth: Growth,
+    growth: Growth, race: Race | None,
 ) -> Report:  # fmt: skip
     applied = [change for change in mending.changes if change.outcome == "applied"]
     ordered = sorted(applied, key=lambda change: TIERS.index(change.tier))
@@ -247,9 +260,11 @@ def _report(
             *asked.notes,
             *note(),
             *about_growth(growth),
-            *mending.costs,
+            *mending.notes,
+            *about_race(race, before.measurement.run.scheduled),
             ORDER,
         ),
+        trial=race,
         undo=edit.undo_ if keep and mending.changes else None,
         live=partial(engagement_of, asked.optimizer),
     )

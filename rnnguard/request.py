@@ -11,6 +11,7 @@ from torch import nn
 from rnnguard.errors import Refusal, RefusedError, refuse
 from rnnguard.inspection.batches import Batches, Loss, Step, given_batches
 from rnnguard.inspection.preflight import optimizer_refusals, rewrite_refusals
+from rnnguard.inspection.recording import tensors_in
 from rnnguard.inspection.source import source_readings
 from rnnguard.inspection.wrappers import Opened, opened, stepping
 from rnnguard.mending import diagnosed
@@ -28,6 +29,8 @@ from rnnguard.report.notes import NO_SITE
 from rnnguard.rewrite.stepguard import guard_of
 
 BATCHES = 8
+FEWEST_TRIAL_STEPS = 20
+MOST_BYTES = 2**30  # that the batches of a trial may hold
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,23 @@ class Request:
     memory: int | None
     total_steps: int | None
     seed: int
+    trial: int | bool | None = False
+    """Steps per candidate, False for no trial, None for one where data and loss are given."""
+
+    def trial_refusals(self) -> Iterator[Refusal]:
+        """Why a trial that is asked for cannot be had."""
+        asked = self.trial
+        if asked is None or asked is False:
+            return
+        if asked is not True and (not isinstance(asked, int) or asked < FEWEST_TRIAL_STEPS):
+            fact, least = (
+                f"{asked!r} is no number of steps that tells anything.",
+                FEWEST_TRIAL_STEPS,
+            )
+            yield Refusal("RG920", "trial", fact, f"Give {least} or more, False, or leave it out.")
+        if self.data is None or (self.loss is None and self.step is None):
+            fact = "a trial needs something to learn from."
+            yield Refusal("RG912", "trial", fact, "Give data with `loss=`, or `step=`.")
 
     def subject(self, given: Given) -> Subject:
         """What is to be measured; raises RefusedError (RG912) where it does not run."""
@@ -115,6 +135,22 @@ class Request:
             subject = Subject(model, optimizer, batches, *task, guarded, batch_size=size)
             subject = check_runs(subject)
         return with_demands(subject) if self.memory is None else subject
+
+    def trial_batches(self, subject: Subject, count: int) -> Batches:
+        """As many batches as a trial takes steps, if the data hold them and memory does.
+
+        An iterator gives its batches once, so that those of the probe are all there are.
+        """
+        known = subject.batches
+        if self.data is None or isinstance(self.data, Iterator) or len(known.batches) < BATCHES:
+            return known
+        size = sum(t.numel() * t.element_size() for b in known.batches for t in tensors_in(b.raw))
+        most = max(BATCHES, MOST_BYTES * len(known.batches) // max(1, size))
+        with untouched(subject.model, self.data):
+            more = given_batches(
+                subject.model, self.data, self.inputs, self.loss, self.step, min(count, most)
+            )
+        return known if more is None else replace(known, batches=more.batches)
 
 
 def looked_at(subject: Subject) -> Look:

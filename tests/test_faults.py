@@ -226,7 +226,7 @@ class FaultAtLine:
         if not frame.f_code.co_filename.startswith(self.FOLDER):
             return None
         # What has begun to be taken back is another matter than what has begun to be done.
-        if frame.f_code.co_name in {"transaction", "__init__", "_rolled_back"}:
+        if frame.f_code.co_name in {"transaction", "__init__", "rolled_back"}:
             return None
         if event == "line":
             self.left -= 1

@@ -21,6 +21,7 @@ FLOORS = {
     "records": 0,
     "usage": 0,
     "measurements": 0,
+    "race": 0,
     "inspection": 1,
     "probe": 2,
     "decision": 3,
@@ -30,6 +31,8 @@ FLOORS = {
     "report": 5,
     "replay": 5,
     "mending": 5,
+    "racing": 5,
+    "trying": 5,
     "ranks": 5,
     "request": 5,
     "baking": 5,
@@ -42,8 +45,10 @@ FLOORS = {
     "targets": 7,
     "arguments": 7,
     "options": 7,
+    "answers": 7,
     "pytest_plugin": 7,
     "demo": 7,
+    "bench": 7,
     "integrations": 7,
 }
 # What may be imported on one's own floor; the doors all open onto the public names.
@@ -53,19 +58,24 @@ SIDEWAYS = {
     "measurements": {"records", "usage"},
     "rewrite": {"nn"},
     "remedies": {"nn", "rewrite"},
+    "race": {"records"},
     "mending": {"replay"},
+    "racing": {"replay"},
+    "trying": {"mending", "racing", "replay", "report", "request"},
     "request": {"mending", "ranks", "report"},
     "findings": {"replay", "report"},
     "__main__": {"__init__", "cli"},
-    "cli": {"__init__", "arguments", "demo", "options", "targets"},
+    "cli": {"__init__", "answers", "arguments", "bench", "demo", "options", "targets"},
+    "answers": {"targets"},
     "arguments": {"targets"},
     "targets": {"__init__"},
     "pytest_plugin": {"__init__"},
     "demo": {"__init__"},
+    "bench": {"__init__", "answers", "demo", "options"},
     "integrations": {"__init__"},
 }
 TORCH_FREE = {
-    "errors", "files", "records", "usage", "measurements", "decision", "settings_file"
+    "errors", "files", "records", "usage", "measurements", "race", "decision", "settings_file"
 }  # fmt: skip
 HEAVY = ("torch", "sklearn", "scipy", "numpy", "matplotlib", "rich", "jinja2", "typer")
 

@@ -763,6 +763,51 @@ def test_the_warm_up_is_a_tenth_of_what_is_known_of_the_run(
 
 
 @pytest.mark.parametrize(
+    ("wanted", "run", "expected"),
+    [
+        ({"peak": 4.0}, {}, (10, 1000, 4.0)),
+        ({"peak": 4.0}, {"total_steps": 30}, (10, 30, 4.0)),
+        ({"peak": 25.5}, {"total_steps": 30}, (26, 30, 25.5)),
+        ({"peak": 4.0}, UNKNOWN, (10, None, 4.0)),
+        ({"peak": 4.0, "at_least": 20}, UNKNOWN, (20, None, 4.0)),
+        ({"peak": 4.0}, {**UNKNOWN, "batches_per_epoch": 500}, (10, None, 4.0)),
+        ({"peak": 0.3}, UNKNOWN, (0, None, 0.3)),
+        ({"peak": 0.3}, {}, (0, 1000, 0.3)),
+        ({"peak": 1.0}, {}, (100, 1000)),
+        ({"peak": 1.0}, UNKNOWN, None),
+        ({"peak": 4.0}, {"scheduled": True}, (100, None)),
+        ({"peak": 4.0}, {**UNKNOWN, "scheduled": True}, None),
+        ({"peak": 4.0, "at_least": 20}, {**UNKNOWN, "scheduled": True}, (20, None)),
+    ],
+)
+def test_a_peak_is_warmed_up_to_unless_the_user_has_a_schedule(
+    wanted: dict[str, Any], run: dict[str, Any], expected: tuple[Any, ...] | None
+) -> None:
+    names = ("warmup", "total_steps", "peak")
+    dose = expected and dict(zip(names, expected, strict=False))
+    assert prescribed("warmup_cosine", wanted, **run) == dose
+
+
+@pytest.mark.parametrize(("extra", "peak"), [({}, 1.0), ({"peak": 4.0}, 4.0)])
+def test_the_peak_reaches_the_guard_and_goes_with_it(extra: dict[str, Any], peak: float) -> None:
+    model = nn.GRU(IN, HIDDEN)
+    optimizer = Adam(model.parameters())
+    before, edit = fingerprint(model, optimizer), Edit(model, optimizer)
+    clip = GuardSettings(max_norm=1.0)
+    edit.hook_(clip)
+    mark = edit.mark()
+    dose = {"warmup": 4, "total_steps": 40, **extra}
+    REMEDY["warmup_cosine"].apply(edit, model, dose)
+    guard = guard_of(optimizer)
+    assert guard is not None
+    assert guard.settings == GuardSettings(max_norm=1.0, warmup=4, total_steps=40, peak=peak)
+    edit.rollback_(mark)
+    assert guard.settings == clip
+    edit.undo_()
+    assert fingerprint(model, optimizer) == before
+
+
+@pytest.mark.parametrize(
     ("device", "policy"), [("cpu", "skip"), ("cuda", "propagate"), ("mps", "propagate")]
 )
 def test_a_skip_would_make_a_gpu_wait(device: str, policy: str) -> None:

@@ -264,7 +264,7 @@ def test_json_is_plain_and_deterministic(make: Callable[[], Report]) -> None:
     assert data == make().to_dict()
     assert list(data) == [
         "schema", "rnnguard", "ok", "level", "sites", "before", "after", "findings",
-        "remaining", "suppressed", "changes", "plan", "refusals", "notes",
+        "remaining", "suppressed", "changes", "plan", "trial", "refusals", "notes",
     ]  # fmt: skip
     assert data["schema"] == 1
 

@@ -60,6 +60,18 @@ def said(*rows: Scenario | Rule, kind: str, remedies: Iterable[str] = ()) -> lis
 # --- the built-in tables -----------------------------------------------------------------
 
 
+def test_a_rival_is_never_chosen_and_must_be_named() -> None:
+    rival = scenario("rival", {"guarded": True}, only_rival=True)
+    named = scenario("named", {}, rivals=["rival"])
+    book = Rulebook(rules=(), scenarios=(named, rival))
+    assert book.ranked("run") == [named]
+    assert not [p for p in problems(book, []) if p.kind in ("unreachable", "unknown scenario")]
+    alone = Rulebook(rules=(), scenarios=(scenario("named", {}, rivals=["rivel"]), rival))
+    kinds = {p.kind: p.sentence for p in problems(alone, [])}
+    assert kinds["unreachable"] == "rival is no row's rival, and is chosen nowhere else."
+    assert kinds["unknown scenario"] == "named names the rival 'rivel'; did you mean 'rival'?"
+
+
 def test_the_built_in_tables_are_in_order() -> None:
     from rnnguard.remedies import REMEDIES
 

@@ -285,7 +285,7 @@ def test_what_is_no_model_is_shown(nets: Path) -> None:
 
 def test_the_known_arguments_are_those_of_audit_and_stabilize() -> None:
     assert {*AUDIT_ARGUMENTS, "verbose"} == set(signature(rnnguard.audit).parameters)
-    both = {*AUDIT_ARGUMENTS, *STABILIZE_ONLY} - {"trial", "train_step"}
+    both = {*AUDIT_ARGUMENTS, *STABILIZE_ONLY} - {"train_step"}
     assert both == set(signature(rnnguard.stabilize).parameters)
 
 

@@ -94,6 +94,8 @@ class Scenario(Row):
     for its recurrence, one for its input, one for its structure (on the readings that the changed
     values then give), one for the depth of its layers and one for its output; and there is one for
     the run. A dose is a number or the name of a reading, and `by` the name of a form of the remedy.
+    `rivals`: rows whose remedies a trial compares with those of this one; a row that is
+    `only_rival` is never chosen without one.
     """
 
     id: str = Name
@@ -105,6 +107,8 @@ class Scenario(Row):
     dose: dict[str, dict[str, float | int | bool | str]] = Field(default={})
     why: str
     advice: str = ""
+    rivals: tuple[str, ...] = ()
+    only_rival: bool = False
     refs: tuple[str, ...]
 
     _template = field_validator("why", "advice")(_check_template)
@@ -140,13 +144,23 @@ class Rulebook(Record):
         names = [n for rule in self.rules for n in (rule.code, rule.name)]
         raise _unknown("rule", code_or_name, names)
 
+    def scenario(self, name: str) -> Scenario:
+        """The scenario with this id; RulesError with the nearest one otherwise."""
+        for scenario in self.scenarios:
+            if scenario.id == name:
+                return scenario
+        raise _unknown("scenario", name, [scenario.id for scenario in self.scenarios])
+
     def ranked(self, scope: str) -> list[Scenario]:
-        """The scenarios of a scope, those that win first."""
-        return sorted((s for s in self.scenarios if s.scope == scope), key=lambda s: s.priority)
+        """The scenarios of a scope that can be chosen, those that win first."""
+        rows = (row for row in self.scenarios if row.scope == scope and not row.only_rival)
+        return sorted(rows, key=lambda row: row.priority)
 
     def check_remedies(self, known: Sequence[str]) -> None:
-        """Raises RulesError when a scenario applies a remedy that does not exist."""
+        """Raises RulesError when a scenario names a remedy or a rival that does not exist."""
         for scenario in self.scenarios:
+            for rival in scenario.rivals:
+                self.scenario(rival)
             for remedy in scenario.apply:
                 if remedy not in known:
                     raise _unknown(f"remedy (scenario {scenario.id})", remedy, list(known))

@@ -19,6 +19,7 @@ Kind = Literal[
     "gap",
     "unknown remedy",
     "unknown rule",
+    "unknown scenario",
     "same cells",
     "cycle",
     "uncited",
@@ -133,13 +134,23 @@ def _gaps(space: Space, rows: Sequence[Scenario], scope: str) -> Iterator[Proble
 
 
 def _of_names(rulebook: Rulebook, remedies: list[str]) -> Iterator[Problem]:
-    """Remedies and rules that a scenario names and that do not exist."""
+    """What a scenario names and does not exist, and rivals that no scenario names."""
+    ids = [row.id for row in rulebook.scenarios]
+    named = {rival for row in rulebook.scenarios for rival in row.rivals}
+    for row in rulebook.scenarios:
+        if row.only_rival and row.id not in named:
+            fact = f"{row.id} is no row's rival, and is chosen nowhere else."
+            yield _problem("unreachable", (row.id,), row.scope, fact, "error")
     known = [name for rule in rulebook.rules for name in (rule.code, rule.name)]
     for row in rulebook.scenarios:
         for remedy in row.apply:
             if remedy not in remedies:
                 fact = f"{row.id} applies {remedy!r}; {near_miss(remedy, remedies)}"
                 yield _problem("unknown remedy", (row.id,), row.scope, fact, "error")
+        for rival in row.rivals:
+            if rival not in ids:
+                fact = f"{row.id} names the rival {rival!r}; {near_miss(rival, ids)}"
+                yield _problem("unknown scenario", (row.id,), row.scope, fact, "error")
         for code in row.codes:
             if code not in known:
                 fact = f"{row.id} names the rule {code!r}; {near_miss(code, known)}"

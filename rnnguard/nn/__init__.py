@@ -20,6 +20,8 @@ from rnnguard.nn.recurrent_weights import Orthogonal as Orthogonal
 from rnnguard.nn.recurrent_weights import SpectralBound as SpectralBound
 from rnnguard.nn.recurrent_weights import WeightNorm as WeightNorm
 from rnnguard.nn.residual_rnn import ResidualRNN as ResidualRNN
+from rnnguard.nn.retention_penalty import PenalizedRNN as PenalizedRNN
+from rnnguard.nn.retention_penalty import RetentionPenalty as RetentionPenalty
 from rnnguard.nn.tracing import Tracer as Tracer
 from rnnguard.nn.zoneout import ZoneoutGRU as ZoneoutGRU
 from rnnguard.nn.zoneout import ZoneoutLSTM as ZoneoutLSTM

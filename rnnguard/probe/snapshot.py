@@ -105,6 +105,28 @@ def moved(parameters: Iterable[Tensor], share: float) -> Iterator[None]:
             parameter.data.copy_(values)
 
 
+@contextmanager
+def scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Inside, every step takes that part of each group's own rate, whatever else scales it."""
+    groups = optimizer.param_groups
+    before = [group["lr"] for group in groups]
+
+    def scale(*_: Any) -> None:
+        for group, rate in zip(groups, before, strict=True):
+            group["lr"] = rate * factor
+
+    # Once more within the step, after a guard whose own schedule would multiply; it gives back
+    # what it found, so that the rate at rest is scaled as well.
+    hook = optimizer.register_step_pre_hook(scale)
+    try:
+        scale()
+        yield
+    finally:
+        hook.remove()
+        for group, rate in zip(groups, before, strict=True):
+            group["lr"] = rate
+
+
 def fingerprint(model: nn.Module, optimizer: Optimizer | None = None, *others: object) -> str:
     """A hash of ids, names, classes, flags, hooks, bitwise values, optimizer and random state.
 

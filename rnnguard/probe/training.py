@@ -104,6 +104,26 @@ class Training:
             _advance(self._scheduler, self._reading.loss)
         return self._reading
 
+    def plain_step(self, number: int) -> float:
+        """One step on the batch of that number; gives its first loss and reads nothing else."""
+        first: list[Tensor] = []
+
+        def evaluated() -> Tensor:
+            self._optimizer.zero_grad()
+            loss = self._loss(number)
+            torch.autograd.backward(loss)
+            first.append(loss.detach())
+            return first[-1]
+
+        torch.clear_autocast_cache()
+        if self._needs_closure:
+            closure: Any = evaluated
+            self._optimizer.step(closure)
+        else:
+            evaluated()
+            self._optimizer.step()
+        return float(first[0])
+
     def _stepped(self) -> None:
         if self._scaler is None:
             self._optimizer.step()

@@ -9,6 +9,7 @@ from rnnguard.remedies.clip_gradient import CLIP_GRADIENT
 from rnnguard.remedies.critical_gain import CRITICAL_GAIN
 from rnnguard.remedies.gate_last_gru import GATE_LAST_GRU
 from rnnguard.remedies.gated_rnn import GATED_RNN
+from rnnguard.remedies.gradient_flossing import GRADIENT_FLOSSING
 from rnnguard.remedies.indrnn import INDRNN
 from rnnguard.remedies.layer_norm import LAYER_NORM
 from rnnguard.remedies.layer_norm_between import LAYER_NORM_BETWEEN
@@ -20,6 +21,7 @@ from rnnguard.remedies.recurrent_gain import RECURRENT_GAIN
 from rnnguard.remedies.remedy import Remedy
 from rnnguard.remedies.residual import RESIDUAL
 from rnnguard.remedies.residual_rnn import RESIDUAL_RNN
+from rnnguard.remedies.retention_penalty import RETENTION_PENALTY
 from rnnguard.remedies.spectral_bound import SPECTRAL_BOUND
 from rnnguard.remedies.uniform_gate_bias import UNIFORM_GATE_BIAS
 from rnnguard.remedies.variance_scaling import VARIANCE_SCALING
@@ -44,6 +46,7 @@ REMEDIES: tuple[Remedy, ...] = (
     RECURRENT_GAIN,
     CRITICAL_GAIN,
     VARIANCE_SCALING,
+    GRADIENT_FLOSSING,
     WRITTEN_ORTHOGONAL,
     WRITTEN_CHRONO_BIAS,
     WRITTEN_CRITICAL_GAIN,
@@ -58,6 +61,7 @@ REMEDIES: tuple[Remedy, ...] = (
     ATTENTION_READOUT,
     LAYER_NORM_INSIDE,
     ZONEOUT,
+    RETENTION_PENALTY,
     RESIDUAL_RNN,
     BOUNDED_RNN,
     INDRNN,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from rnnguard.decision.diagnosis import audit_finding
@@ -11,6 +12,7 @@ from rnnguard.inspection.written import relative
 from rnnguard.measurements import SiteReadings
 from rnnguard.probe.measurement import Look
 from rnnguard.probe.subject import Subject
+from rnnguard.race import Race
 from rnnguard.records import Change, Finding, Plan
 from rnnguard.rewrite.growth import Growth
 
@@ -94,6 +96,22 @@ def notes_of(look: Look, subject: Subject) -> tuple[str, ...]:
                 f"({_why_unknown(site.readout)}); declare it with memory=."
             )
     return tuple(notes)
+
+
+def about_race(race: Race | None, scheduled: bool) -> Iterator[str]:
+    """What the trial cost and rested on, and where a rate could not be tried."""
+    if race is None:
+        return
+    took = f"{race.steps} of {race.budget_steps} steps, {race.seconds:.1f} s"
+    yield f"Trial: {len(race.entries)} candidates, {took}, all taken back."
+    if not race.complete:
+        yield "The trial's budget was spent before its last heat; `trial=` sets its steps."
+    longest = max((heat.steps for heat in race.heats), default=0)
+    if longest > race.batches:
+        passes = f"up to {math.ceil(longest / race.batches)} times each"
+        yield f"The trial trained on {race.batches} batches, {passes}: give more for a firmer word."
+    if scheduled:
+        yield "A scheduler sets the learning rate, so only the clip and the warm-up act on steps."
 
 
 def about_growth(growth: Growth) -> Iterator[str]:

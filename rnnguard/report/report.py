@@ -14,6 +14,7 @@ from rnnguard.decision.settings import Settings
 from rnnguard.errors import Refusal, RulesError
 from rnnguard.files import write_text
 from rnnguard.measurements import Measurement, Site, SiteReadings
+from rnnguard.race import Race
 from rnnguard.records import SCHEMA, SEVERITIES, Change, Finding, Level, Plan, Severity, near_miss
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Report:
     """What an audit or a stabilization found and did; readings are those of the newest look.
 
     `findings` were there before any change, `remaining` are there now; `suppressed` are those
-    of now that comments in the user's code hide.
+    of now that comments in the user's code hide; `trial` is what candidates did in a trial, None
+    without one.
     `report["encoder.lstm"]` gives the readings of a site.
     """
 
@@ -44,6 +46,7 @@ class Report:
         refusals: tuple[Refusal, ...] = (),
         notes: tuple[str, ...] = (),
         suppressed: tuple[Suppressed, ...] = (),
+        trial: Race | None = None,
         undo: Callable[..., tuple[Refusal, ...]] | None = None,
         live: Callable[[], Engagement | None] = lambda: None,
     ) -> None:
@@ -57,6 +60,7 @@ class Report:
         self.refusals = refusals
         self.notes = notes
         self.suppressed = suppressed
+        self.trial = trial
         self._undo = undo
         self._live = live
 
@@ -153,6 +157,7 @@ class Report:
             refusals=self.refusals,
             notes=self.notes,
             suppressed=tuple(s for s in self.suppressed if s.finding in hidden),
+            trial=self.trial,
             undo=self._undo,
             live=self._live,
         )
@@ -184,6 +189,7 @@ class Report:
             ],
             "changes": [change.model_dump() for change in self.changes],
             "plan": self.plan.to_dict(),
+            "trial": self.trial.model_dump() if self.trial else None,
             "refusals": [vars(refusal) for refusal in self.refusals],
             "notes": list(self.notes),
         }

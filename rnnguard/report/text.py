@@ -7,6 +7,7 @@ import io
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import IO, TYPE_CHECKING
 
@@ -23,6 +24,7 @@ random.setstate(_drawn_so_far)
 
 import rnnguard
 from rnnguard.measurements import SiteReadings
+from rnnguard.race import Race
 from rnnguard.records import Change, Finding
 from rnnguard.report.words import (
     BLOCKS,
@@ -69,6 +71,8 @@ def brief(report: Report) -> Iterator[RenderableType]:
     else:
         title = "What rnnguard.stabilize(model, optimizer) would do"
         yield from _section(title, _changes(tuple(report.plan)))
+    if report.trial is not None:
+        yield from _section("Trial", iter([_trial(report.trial)]))
     yield from _section("Left alone", (Text(str(refusal)) for refusal in report.refusals))
     yield from _section("Notes", (Text(note) for note in report.notes))
     yield Text()
@@ -215,6 +219,36 @@ def _change(change: Change) -> RenderableType:
     if not change.result:
         return line
     return Group(line, Padding(Text(change.result), (0, 0, 0, 6)))
+
+
+def _trial(race: Race) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
+    table.add_column("candidate", overflow="fold")
+    table.add_column("loss", justify="right")
+    table.add_column("outcome", overflow="fold")
+    for entry in race.entries:
+        level = race.level(entry.candidate.name)
+        style = "green" if entry.fate == "won" else ""
+        outcome = f"{entry.fate}: {entry.words}"
+        table.add_row(entry.candidate.name, "" if level is None else f"{level:.4g}", outcome,
+                      style=style)  # fmt: skip
+    return table
+
+
+@contextmanager
+def bar(steps: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on standard error that goes away at its end; call what it gives."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("trial"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=steps)
+        yield lambda taken, words: progress.update(task, advance=taken, description=words)
 
 
 def _closing(report: Report) -> Iterator[Text]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rnnguard.rewrite.schedule import GuardSettings, learning_rate_factor
+from rnnguard.rewrite.schedule import GuardSettings, beside_a_schedule, learning_rate_factor
 
 
 @dataclass
@@ -24,9 +24,9 @@ class Loan:
 
     def scale_rates_(self, optimizer: Optimizer, settings: GuardSettings, progress: str) -> None:
         """Multiplies each group's learning rate by its factor at step `group[progress]`."""
-        # The user's own schedule leaves `initial_lr`; two decays would multiply.
+        # The user's own schedule leaves `initial_lr`.
         if any("initial_lr" in group for group in optimizer.param_groups):
-            settings = replace(settings, total_steps=None)
+            settings = beside_a_schedule(settings)
         scaled_tensors: set[int] = set()
         for group in optimizer.param_groups:
             rate = group.get("lr")

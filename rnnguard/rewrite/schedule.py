@@ -42,7 +42,9 @@ class GuardSettings:
     total_steps: int | None = None
     """Planned optimizer steps; the cosine after the warm-up needs them."""
     final_factor: float = 0.1
-    """Where the cosine ends, as a part of the user's learning rate."""
+    """Where the cosine ends, as a part of the user's learning rate; never above `peak`."""
+    peak: float = 1.0
+    """Factor on the user's learning rate at the top of warm-up and cosine, or held after it."""
     on_nonfinite: Literal["propagate", "skip"] | None = None
     budget: int = 10
     """Non-finite steps in a row after which a policy for them warns (RG413)."""
@@ -74,6 +76,7 @@ class GuardSettings:
         for name, sound, cure in (
             ("max_norm", self.max_norm is None or self.max_norm > 0, "Give a number above 0."),
             ("max_value", self.max_value is None or self.max_value > 0, "Give a number above 0."),
+            ("peak", 0 < self.peak < math.inf, "Give a finite number above 0."),
             ("percentile", 0 <= self.percentile <= 100, "Give a number from 0 to 100."),
             ("z_score", self.z_score > 0, "Give a number above 0."),
             ("window", self.window >= 2, "Give 2 or more."),
@@ -93,24 +96,34 @@ class GuardSettings:
 
 
 def learning_rate_factor(settings: GuardSettings, n: int) -> float:
-    """Factor on the learning rate at step n = 0, 1, ...: linear to 1, then cosine or 1.
+    """Factor on the learning rate at step n = 0, 1, ...: linear to `peak`, then cosine or `peak`.
 
-    The last warm-up step and the first cosine step both have factor 1; step
-    `total_steps - 1` and all later ones have `final_factor`. With w = warmup, T = total_steps
-    and a learning rate of 1 these are the values of torch's
+    The last warm-up step and the first cosine step both have factor `peak`; step
+    `total_steps - 1` and all later ones have `final_factor`, or `peak` where that is less. With
+    p = peak, w = warmup, T = total_steps and a learning rate of p these are the values of torch's
     SequentialLR([LinearLR(1 / w, 1, total_iters=w - 1),
     CosineAnnealingLR(T - w, eta_min=final_factor)], milestones=[w - 1]) up to step T - 1.
     """
+    peak = settings.peak
     if n + 1 < settings.warmup:
-        return (n + 1) / settings.warmup
+        return peak * (n + 1) / settings.warmup
     if settings.total_steps is None:
-        return 1.0
+        return peak
     start = max(settings.warmup, 1)
     past = n + 1 - start
     planned = settings.total_steps - start
     if past <= 0:
-        return 1.0
+        return peak
+    end = min(settings.final_factor, peak)
     if past >= planned:
-        return settings.final_factor
+        return end
     wave = (1 + math.cos(math.pi * past / planned)) / 2
-    return settings.final_factor + (1 - settings.final_factor) * wave
+    return end + (peak - end) * wave
+
+
+def beside_a_schedule(settings: GuardSettings) -> GuardSettings:
+    """What is left of these settings where the user's own schedule sets the rate: the warm-up.
+
+    Two decays would multiply, and so would two peaks.
+    """
+    return replace(settings, total_steps=None, peak=1.0)

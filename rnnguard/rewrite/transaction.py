@@ -27,7 +27,7 @@ def transaction(edit: Edit) -> Iterator[Edit]:
             yield edit
         edit.check_commit()
     except BaseException as error:
-        lost, interrupt = _rolled_back(edit, mark)
+        lost, interrupt = rolled_back(edit, mark)
         if lost:
             error.add_note("\n".join(map(str, lost)))
         if interrupt is not None:
@@ -40,7 +40,7 @@ def transaction(edit: Edit) -> Iterator[Edit]:
         raise RewriteError(Refusal("RG916", "", fact, cure), *lost) from error
 
 
-def _rolled_back(edit: Edit, mark: int) -> tuple[tuple[Refusal, ...], BaseException | None]:
+def rolled_back(edit: Edit, mark: int = 0) -> tuple[tuple[Refusal, ...], BaseException | None]:
     """What could not be taken back, and the interrupt that has waited until all else was."""
     interrupt: BaseException | None = None
     while True:
