@@ -105,11 +105,12 @@ def raced(
     """
     started = time.perf_counter()
     arena = Arena(subject, guard, started + budget.seconds)
-    sound = [plan for plan in plans if not _refused(subject, plan)]
     # The rate alone comes second, since the likeliest plan has to be better than that.
-    sound = [*sound[:1], (), *sound[1:]] if rates else sound
-    count, lengths = budget.course(len(sound), RATE_STEPS if rates else 0)
-    candidates, spent = _candidates(arena, sound[:count], rates, told)
+    wanted = [*plans[:1], (), *plans[1:]] if rates else list(plans)
+    count, lengths = budget.course(len(wanted), RATE_STEPS if rates else 0)
+    # Only those that can run are looked at, since a rehearsal of flossing takes seconds.
+    sound = [plan for plan in wanted[:count] if not _refused(subject, plan)]
+    candidates, spent = _candidates(arena, sound, rates, told)
 
     def run(running: Sequence[Candidate], steps: int, seed: int) -> tuple[Course, ...]:
         courses = []
@@ -119,7 +120,7 @@ def raced(
         in_time = time.perf_counter() < arena.until
         return tuple(courses) if in_time else ()
 
-    outcome = halved(candidates, lengths, run)
+    outcome = halved(candidates, lengths, budget.total - spent, run)
     spent += sum(len(c.losses) for heat in outcome.heats for c in heat.courses)
     return Race(
         entries=outcome.entries,

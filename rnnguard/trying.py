@@ -21,6 +21,7 @@ STEPS = 100
 SECONDS = 120.0
 # What a trial may cost at most, as a part of the training that it is for.
 SHARE = 0.4
+LONGEST = 8  # times the steps of a candidate, however long the training
 # With fewer a trial would see who learns by heart.
 FEWEST_BATCHES = 16
 
@@ -32,9 +33,10 @@ def budget_of(steps: int | bool | None, total_steps: int | None) -> Budget:
     """
     if steps is None or isinstance(steps, bool):
         steps = STEPS if total_steps is None else min(200, max(80, total_steps // 16))
-        total = 8 * steps if total_steps is None else round(SHARE * total_steps)
+        most = LONGEST * steps
+        total = most if total_steps is None else min(most, round(SHARE * total_steps))
         return Budget(steps, total, SECONDS)
-    return Budget(steps, 8 * steps, 5 * SECONDS)
+    return Budget(steps, LONGEST * steps, 5 * SECONDS)
 
 
 def tried_out(

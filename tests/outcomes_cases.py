@@ -28,7 +28,7 @@ def tiny() -> Any:
         return x, (x[:, -1, 0] > 0).long()
 
     return part("tasks").Task(
-        "tiny", draw, 6, 1, 2, "accuracy", 0.5, 0.9, 1, 60, batch=8, hidden=8, rate=0.03
+        "tiny", draw, 6, 1, 2, "accuracy", 0.5, 0.9, 1, batch=8, hidden=8, rate=0.03, budget=60
     )
 
 

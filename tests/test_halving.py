@@ -142,8 +142,10 @@ class Runs:
         return tuple(course(self.loss(c.name, seed) + noise, c.name) for c in running)
 
 
-def outcome(crowd: Sequence[Candidate], runs: Runs, lengths: Sequence[int] = (40, 80)) -> Outcome:
-    return halved(crowd, lengths, runs)
+def outcome(
+    crowd: Sequence[Candidate], runs: Runs, lengths: Sequence[int] = (40, 80), left: int = 0
+) -> Outcome:
+    return halved(crowd, lengths, left, runs)
 
 
 def test_heats_double_and_each_has_its_own_seed() -> None:
@@ -155,6 +157,19 @@ def test_heats_double_and_each_has_its_own_seed() -> None:
     ]  # fmt: skip
     assert found.complete
     assert {e.candidate.name: e.fate for e in found.entries}[NOTHING] == "won"
+
+
+def test_what_is_not_decided_goes_on_while_there_is_room() -> None:
+    crowd = [NONE, candidate("late", "values"), candidate("idle", "values", rank=2)]
+    late = Runs(lambda name, seed: 0.5 if name == "late" and seed > 2 else 1.0)
+    found = outcome(crowd, late, left=3 * 40 + 2 * (80 + 160 + 250))
+    assert [(len(names), steps) for names, steps, _ in late.calls] == [
+        (3, 40), (2, 80), (2, 160), (2, 250)
+    ]  # fmt: skip
+    assert next(e for e in found.entries if e.fate == "won").candidate.name == "late"
+    never = Runs(lambda name, seed: 1.0)
+    outcome(crowd, never, left=3 * 40 + 2 * 80 + 175)
+    assert [steps for _, steps, _ in never.calls] == [40, 80]
 
 
 def test_one_good_heat_is_not_enough() -> None:
@@ -187,8 +202,8 @@ def test_a_heat_that_stands_alone_has_to_be_clearer() -> None:
     def winner(found: Outcome) -> str:
         return next(e.candidate.name for e in found.entries if e.fate == "won")
 
-    assert winner(halved(crowd, (40, 80), run)) == "a"
-    assert winner(halved(crowd, (80,), run)) == NOTHING
+    assert winner(halved(crowd, (40, 80), 0, run)) == "a"
+    assert winner(halved(crowd, (80,), 0, run)) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -215,7 +230,7 @@ def test_the_budget_is_kept(total: int, most: int, steps: int) -> None:
     count, lengths = Budget(steps=steps, total=total, seconds=60).course(most, 25)
     crowd = [NONE, *(candidate(str(i), "values", rank=i) for i in range(count))]
     runs = Runs(lambda name, seed: 1.0)
-    outcome(crowd, runs, lengths)
+    outcome(crowd, runs, lengths, total - 25 * count)
     spent = 25 * count + sum(len(names) * length for names, length, _ in runs.calls)
     assert spent <= max(total, 25 + 2 * 10)
 

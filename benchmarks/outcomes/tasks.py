@@ -22,8 +22,19 @@ from benchmarks.outcomes.models import Readout, built
 from benchmarks.outcomes.streams import Draw, Stream, held_out
 
 Metric = Literal["accuracy", "error", "nats"]
-# Of the LSTM's budget in steps: one of the tanh RNN costs twice, of GRU and loop five times more.
-SHARES = {"lstm": 1.0, "rnn": 0.65, "lstm x2": 0.65, "bilstm": 0.6, "gru": 0.42, "written": 0.42}
+# Of one training step of the untouched model: what it costs anyway, and per step of its sequences,
+# at 16 sequences and 24 units on one thread.
+STEP_MS = {
+    "rnn": (0.2, 0.036),
+    "lstm": (0.15, 0.017),
+    "gru": (0.3, 0.099),
+    "lstm x2": (0.3, 0.032),
+    "bilstm": (0.3, 0.030),
+    "written": (0.3, 0.090),
+}
+# Where a step takes ten times as long as that of an LSTM, three seconds are too few for anybody.
+SLOW, SLOWED = ("gru", "written"), 100
+MOST_STEPS = 3000
 OPTIMIZERS: dict[str, tuple[type[Any], dict[str, float]]] = {
     "adam": (Adam, {}),
     "adamw": (AdamW, {}),
@@ -35,9 +46,10 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, float]]] = {
 class Task:
     """One task: higher scores are better; `chance` is what a constant answer scores.
 
-    steps: length of the sequences. budget: steps of the untouched LSTM that all has to be paid
-    from. memory: how far back the answer lies. target_of_both: what a model must reach that
-    reads from both ends, where that differs. control: learnt well by the untouched model.
+    steps: length of the sequences. seconds: what a run may take, in which `budget` steps of the
+    untouched model fit, by `STEP_MS`. memory: how far back the answer lies. target_of_both: what
+    a model must reach that reads from both ends, where that differs. control: learnt well by the
+    untouched model.
     ahead: how many steps ahead the input lies that every step is asked for.
     """
 
@@ -50,7 +62,6 @@ class Task:
     chance: float
     target: float
     memory: int
-    budget: int
     readout: Readout = "last"
     tokens: bool = False
     batch: int = 16
@@ -59,11 +70,21 @@ class Task:
     rate: float = 1e-3
     target_of_both: float | None = None
     control: bool = False
+    seconds: float = 3.0
+    budget: int = 0
     ahead: int = 0
 
     def for_model(self, name: str) -> Task:
-        """The task with the budget of that model: fewer steps where each costs more."""
-        return replace(self, budget=round(self.budget * SHARES[name]))
+        """The task with the budget of that model: as many of its steps as fit into the seconds.
+
+        A budget that stands already is kept.
+        """
+        if self.budget:
+            return self
+        fixed, each = STEP_MS[name]
+        seconds = 1.8 * self.seconds if name in SLOW and self.steps >= SLOWED else self.seconds
+        steps = round(1000 * seconds / (fixed + each * self.steps), -1)
+        return replace(self, budget=min(MOST_STEPS, int(steps)))
 
     def model(self, name: str) -> nn.Module:
         """An untouched model, drawn from torch's global generator."""
@@ -132,27 +153,26 @@ def all_tasks() -> tuple[Task, ...]:
     )  # fmt: skip
     alphabet = sequences.text()[1]
     return (
-        Task("recall-50", recall, 50, 5, 4, "accuracy", 0.25, 0.9, 50, 1000),
-        Task("recall-100", recall, 100, 5, 4, "accuracy", 0.25, 0.9, 100, 1200),
-        Task("recall-200", recall, 200, 5, 4, "accuracy", 0.25, 0.9, 200, 1200),
-        Task("adding-100", adding, 100, 2, 1, "error", -0.167, -0.04, 100, 1600),
-        Task("adding-200", adding, 200, 2, 1, "error", -0.167, -0.04, 200, 1600),
-        Task("copying", streams.copying, 40, 5, 4, "accuracy", 0.25, 0.45, 35, 1000, "every"),
-        Task("ordering", ordering, 60, 6, 4, "accuracy", 0.25, 0.9, 54, 1200),
-        Task("digits-64", pixels, 64, 1, 10, "accuracy", 0.1, 0.6, 64, 1000,
+        Task("recall-50", recall, 50, 5, 4, "accuracy", 0.25, 0.9, 50),
+        Task("recall-100", recall, 100, 5, 4, "accuracy", 0.25, 0.9, 100),
+        Task("recall-200", recall, 200, 5, 4, "accuracy", 0.25, 0.9, 200),
+        Task("adding-100", adding, 100, 2, 1, "error", -0.167, -0.04, 100),
+        Task("adding-200", adding, 200, 2, 1, "error", -0.167, -0.04, 200),
+        Task("copying", streams.copying, 40, 5, 4, "accuracy", 0.25, 0.45, 35, "every"),
+        Task("ordering", ordering, 60, 6, 4, "accuracy", 0.25, 0.9, 54),
+        Task("digits-64", pixels, 64, 1, 10, "accuracy", 0.1, 0.6, 64,
              optimizer="sgd", rate=0.05),
-        Task("permuted-digits-64", streams.permuted_digits, 64, 1, 10, "accuracy", 0.1, 0.6, 64,
-             1000),
+        Task("permuted-digits-64", streams.permuted_digits, 64, 1, 10, "accuracy", 0.1, 0.6, 64),
         Task("characters", streams.characters, 50, alphabet, alphabet, "nats", -3.2, -2.4, 10,
-             1000, "every", tokens=True, optimizer="adamw", ahead=1,
+             "every", tokens=True, optimizer="adamw", ahead=1,
              target_of_both=-2.1),
-        Task("forecast", streams.forecast, 50, 1, 1, "error", -1.0, -0.09, 20, 800, "every",
+        Task("forecast", streams.forecast, 50, 1, 1, "error", -1.0, -0.09, 20, "every",
              ahead=streams.LEAD, target_of_both=-0.02),
         Task("tagging", streams.tagging, 40, streams.TAGS, 2, "accuracy", 0.54, 0.7, 12,
-             800, "every", tokens=True, target_of_both=0.85),
-        Task("recent-100", recent, 100, 1, 2, "accuracy", 0.5, 0.92, 3, 500, rate=1e-2,
+             "every", tokens=True, target_of_both=0.85),
+        Task("recent-100", recent, 100, 1, 2, "accuracy", 0.5, 0.92, 3, rate=1e-2,
              control=True),
-        Task("digit-rows", rows, 8, 8, 10, "accuracy", 0.1, 0.85, 8, 600, rate=5e-3,
+        Task("digit-rows", rows, 8, 8, 10, "accuracy", 0.1, 0.85, 8, rate=5e-3,
              control=True),
     )  # fmt: skip
 

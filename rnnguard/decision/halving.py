@@ -23,6 +23,8 @@ CONFIDENCE_ALONE = 0.999
 LEAST_SHARE = 0.005
 FEWEST_STEPS = 10
 MANY = 5
+LIKELY = 2
+LONGER = 1.1
 
 Run = Callable[[Sequence[Candidate], int, int], tuple[Course, ...]]
 
@@ -40,14 +42,16 @@ class Budget:
 
         most: candidates there are; before: steps that each of them takes before its first heat.
         Two heats, the first of half the steps, and with many candidates three; one where no
-        more can be had, which then is as long as it may be.
+        more can be had, which then is as long as it may be. The unlikelier candidates come in
+        where half of the budget is enough for all.
         """
         for count in range(most, 0, -1):
             parts = (4, 2, 1) if count >= MANY else (2, 1)
             lengths = tuple(max(FEWEST_STEPS, self.steps // part) for part in parts)
-            if count * before + _cost(count + 1, lengths) <= self.total:
+            affordable = self.total if count <= LIKELY else self.total // 2
+            if count * before + _cost(count + 1, lengths) <= affordable:
                 return count, lengths
-        for count in range(min(most, 2), 0, -1):
+        for count in range(min(most, LIKELY), 0, -1):
             length = (self.total - count * before) // (count + 1)
             if length >= self.steps or count == 1:
                 return count, (max(FEWEST_STEPS, min(length, self.steps)),)
@@ -131,26 +135,39 @@ class Outcome:
     """Whether no heat was cut short."""
 
 
-def halved(candidates: Sequence[Candidate], lengths: Sequence[int], run: Run) -> Outcome:
-    """Runs heats of these lengths until one candidate has won.
+def halved(candidates: Sequence[Candidate], lengths: Sequence[int], left: int, run: Run) -> Outcome:
+    """Runs heats of these lengths, and longer ones until one candidate has won.
 
-    `run` trains candidates for some steps with a seed; it may give fewer courses than asked
-    for when time is up, and such a heat counts for nothing.
+    left: steps that all of them may take together. `run` trains candidates for some steps with a
+    seed; it may give fewer courses than asked for when time is up, and such a heat counts for
+    nothing.
     """
     running, heats = list(candidates), list[Heat]()
-    for seed, steps in enumerate(lengths):
-        courses = run(running, steps, seed)
+    while len(running) > 1:
+        steps = _next_length(lengths, heats, left // len(running))
+        if steps is None:
+            break
+        courses = run(running, steps, len(heats))
         if len(courses) < len(running):
             return Outcome(tuple(heats), tuple(_entries(candidates, heats, False)), False)
-        heats.append(Heat(seed=seed, steps=steps, courses=courses))
+        left -= sum(len(course.losses) for course in courses)
+        heats.append(Heat(seed=len(heats), steps=steps, courses=courses))
         # A first heat of several has chosen whom it would confirm.
-        if seed > 0 and decided(running, heats[-1]):
+        if len(heats) > 1 and decided(running, heats[-1]):
             break
         running = survivors(running, heats[-1])
-        if len(running) == 1:
-            break
-    complete = bool(heats)
-    return Outcome(tuple(heats), tuple(_entries(candidates, heats, len(lengths) == 1)), complete)
+    return Outcome(tuple(heats), tuple(_entries(candidates, heats, len(lengths) == 1)), bool(heats))
+
+
+def _next_length(lengths: Sequence[int], heats: Sequence[Heat], room: int) -> int | None:
+    """Steps of the next heat: as planned, then twice the last one's or what there is room for.
+
+    None where there is no room for one that could tell more than the last.
+    """
+    if len(heats) < len(lengths):
+        return lengths[len(heats)]
+    last = heats[-1].steps if heats else 0
+    return min(2 * last, room) if last and room >= LONGER * last else None
 
 
 def _entries(
