@@ -57,7 +57,8 @@ def tried_out(
     if not plans and not rates:
         return None
     budget = budget_of(request.trial, request.total_steps)
-    batches = request.trial_batches(mending.subject, budget.steps)
+    # The last heat is between changing nothing and one other at least.
+    batches = request.trial_batches(mending.subject, budget.total // 2)
     count = len(batches.batches)
     if request.trial is None and count < FEWEST_BATCHES:
         fact = f"{count} batches are learnt by heart, so that no trial was made on them;"
