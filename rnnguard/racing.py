@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from rnnguard.decision.halving import Budget, halved
-from rnnguard.errors import RefusedError, RNNGuardError, UndoError
+from rnnguard.errors import RefusedError, UndoError
 from rnnguard.probe.course import losses_of
 from rnnguard.probe.rate_range import rate_range
 from rnnguard.probe.snapshot import Snapshot
@@ -48,6 +48,8 @@ class Arena:
         try:
             with self._changed(candidate):
                 losses, stopped = losses_of(self.subject, steps, seed, self.until)
+        except UndoError:
+            raise
         except Exception as error:
             stopped = _said(error)
         return Course(candidate=candidate.name, losses=losses, stopped=stopped)
@@ -57,7 +59,10 @@ class Arena:
         try:
             with self._changed(Candidate(name="range test", changes=changes)):
                 found = rate_range(self.subject, steps=RATE_STEPS)
-        except RNNGuardError:
+        except UndoError:
+            raise
+        except Exception:
+            # What is wrong with the candidate shows in its course.
             return 1.0, 0
         near = found.peak is None or 1 / NOTICEABLE_RATE < found.peak < NOTICEABLE_RATE
         return (1.0 if near or found.peak is None else found.peak), len(found.losses)
@@ -141,6 +146,8 @@ def _spread(arena: Arena, running: Sequence[Candidate], steps: int, seed: int) -
     jobs = (joblib.delayed(arena.course)(candidate, steps, seed) for candidate in running)
     try:
         yield from joblib.Parallel(return_as="generator")(jobs)
+    except UndoError:
+        raise
     except Exception as error:
         # Whatever a candidate raises is in its course, so that this is the way there.
         fact = f"joblib could not run the candidates elsewhere ({_said(error)})."

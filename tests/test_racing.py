@@ -13,12 +13,15 @@ from torch.optim import Adam
 
 import rnnguard.racing
 from rnnguard.decision.halving import Budget
+from rnnguard.errors import Refusal, UndoError
 from rnnguard.inspection.batches import given_batches
 from rnnguard.probe.snapshot import fingerprint
 from rnnguard.probe.subject import Subject
 from rnnguard.race import NOTHING, Race
 from rnnguard.racing import raced
 from rnnguard.records import Change, Dose
+from rnnguard.rewrite.edit import Edit
+from rnnguard.rewrite.transaction import rolled_back
 
 FEATURES, HIDDEN, STEPS = 5, 16, 30
 CHRONO = Change(remedy="chrono_bias", path="rnn", tier="values", dose={"t_max": STEPS, "seed": 0})
@@ -148,6 +151,16 @@ def test_an_error_in_a_candidate_only_loses() -> None:
     assert words["layer_norm"] == "TypeError: an nn.LSTM it must be"
     assert found.winner.name == "chrono_bias"
     assert fingerprint(mine.model, mine.optimizer) == before
+
+
+def test_a_way_back_that_fails_is_told_and_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(edit: Edit, mark: int = 0) -> Any:
+        rolled_back(edit, mark)
+        return (Refusal("RG917", "rnn", "it is stuck.", "Build the model anew."),), None
+
+    monkeypatch.setattr(rnnguard.racing, "rolled_back", stuck)
+    with pytest.raises(UndoError, match="it is stuck"):
+        race(subject(), [CHRONO])
 
 
 def test_what_cannot_be_applied_is_no_candidate() -> None:
