@@ -54,7 +54,7 @@ class Budget:
         for count in range(min(most, LIKELY), 0, -1):
             length = (self.total - count * before) // (count + 1)
             if length >= self.steps or count == 1:
-                return count, (max(FEWEST_STEPS, min(length, self.steps)),)
+                return count, (max(FEWEST_STEPS, min(length, 2 * self.steps)),)
         return 0, ()
 
 
