@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -99,6 +99,40 @@ def test_the_sign_of_a_keep_gate(
     assert places == ([] if sign is None else [(0, H, sign)] * 2)
 
 
+@pytest.mark.parametrize(
+    "step_of",
+    [
+        lambda p: p.unbind(1),
+        lambda p: [p[:, t] for t in range(p.shape[1])],
+        lambda p: [p[:, t, :] for t in range(p.shape[1])],
+        lambda p: p.transpose(0, 1).contiguous(),
+        lambda p: [p.select(1, t) for t in range(p.shape[1])],
+        lambda p: [part.squeeze(1) for part in p.split(1, 1)],
+    ],
+    ids=["unbind", "index", "slice", "turned", "select", "split"],
+)
+def test_an_input_projected_for_all_steps_at_once(
+    step_of: Callable[[Tensor], Iterable[Tensor]],
+) -> None:
+    class Hoisted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input = nn.Linear(3, 2 * H)
+            self.recurrent = nn.Linear(H, 2 * H, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.new_zeros(len(x), H)
+            for projected in step_of(self.input(x)):
+                candidate, keep = (projected + self.recurrent(h)).chunk(2, -1)
+                h = keep.sigmoid() * h + (1 - keep.sigmoid()) * candidate.tanh()
+            return h
+
+    model, x = Hoisted(), torch.randn(2, 6, 3)
+    (loop,) = find_loops(record(lambda: model(x), model, (x,)).graph)
+    places = [gate.keep for gate in wiring_of(loop).gates]
+    assert places == [(GateBias("input.bias", H, 2 * H, 1),)]
+
+
 def test_a_reset_gate_keeps_nothing() -> None:
     def step(m: Loop, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         r = torch.sigmoid(m.x(x)[:, :H])
@@ -120,9 +154,9 @@ KEEPS = {
     "lstm-twelve": ("b_f", 0, 1),
     "lstm-peephole": ("wx.bias", 8, 1),
     "gru-reset-before": ("update.bias", 0, -1),
-    "gru-reset-after": ("hh.bias", 8, 1),
+    "gru-reset-after": ("ih.bias", 8, 1),
     "mgu": ("Wf.bias", 0, -1),
-    "janet": ("h.bias", 0, 1),
+    "janet": ("x.bias", 0, 1),
     "own-lstmcell": ("cell.ln.bias", 8, 1),
     "lstm-layernorm": ("nx.bias", 8, 1),
     "two-linears": None,

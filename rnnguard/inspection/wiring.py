@@ -22,6 +22,7 @@ _PRODUCTS = {"mul", "__mul__", "__rmul__", "multiply"}
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _DIFFERENCES = {"sub", "__sub__", "rsub", "__rsub__"}
 _SIGMOIDS = {"sigmoid", "sigmoid_", "hardsigmoid"}
+_AROUND_FEATURES = {"select", "squeeze", "unsqueeze", "transpose"}
 _PARTS = {"chunk", "split", "tensor_split", "unbind"}
 
 
@@ -222,6 +223,10 @@ def _behind(node: Any, start: int, stop: int, sign: int, opened: bool) -> Iterat
         source, offset = _part(node)
         if source is not None:
             yield from _behind(source, start + offset, stop + offset, sign, opened)
+    elif name in _AROUND_FEATURES:
+        (around,) = node.all_input_nodes
+        if not _along_features(node, around):
+            yield from _behind(around, start, stop, sign, opened)
     elif name == "__getitem__":
         begin = _offset(node)
         if begin is not None:
@@ -243,14 +248,27 @@ def _summands(node: fx.Node, name: str) -> list[Any]:
     return [node.args[0]] if name in ("contiguous", "clone", "to") else []
 
 
+def _along_features(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a call works along its source's last axis; torch's default is the first."""
+    rank = len(source.meta["shape"])
+    axes = [a for a in node.args[1:3] if isinstance(a, int)] if _name(node) in _TURNS else []
+    if axes:
+        return rank - 1 in {axis % rank for axis in axes}
+    return _name(node) in _TURNS or (axis_of(node, rank) or 0) == rank - 1
+
+
 def _part(node: fx.Node) -> tuple[fx.Node | None, int]:
-    """What a slice was taken from along the features, and where it begins; None along others."""
+    """What a part was taken from, and where it begins among the features; 0 along other axes.
+
+    An input projected for all steps at once is taken apart along time.
+    """
     parts, position = node.args
     assert isinstance(parts, fx.Node) and isinstance(position, int)
     source = parts.args[0]
     assert isinstance(source, fx.Node)
-    shape = source.meta["shape"]
-    if axis_of(parts, len(shape)) != len(shape) - 1 or _name(parts) == "unbind":
+    if not _along_features(parts, source):
+        return source, 0
+    if _name(parts) == "unbind":
         return None, 0
     earlier = [user for user in parts.users if user.meta.get("part", position) < position]
     return source, sum(user.meta["shape"][-1] for user in earlier)
@@ -261,10 +279,12 @@ def _offset(node: fx.Node) -> int | None:
     source, index = node.args
     assert isinstance(source, fx.Node)
     entries = index if isinstance(index, tuple) else (index,)
-    whole = all(entry == slice(None) or entry is ... for entry in entries[:-1])
+    plain = all(entry is ... or isinstance(entry, int | slice) for entry in entries)
     last, rank = entries[-1], len(source.meta["shape"])
     reaches = len(entries) == rank or ... in entries
-    if whole and reaches and isinstance(last, slice) and last.step is None:
+    if plain and not reaches:
+        return 0  # of other axes, such as one step of an input projected for all at once
+    if plain and isinstance(last, slice) and last.step is None:
         start = last.start or 0
         return start % source.meta["shape"][-1] if isinstance(start, int) else None
     return None
