@@ -41,8 +41,8 @@ class Mending:
     changes: list[Change] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    rate: float | None = None
-    """The peak of the schedule as a trial has found it; 1 for no schedule, None without a trial."""
+    rate: float = 1.0
+    """Factor on the learning rate at the top of the schedule, where a trial has found one."""
 
     def mend_sites(self) -> None:
         """What the scenarios of each site call for, as far as the probe confirms it."""
@@ -218,16 +218,10 @@ def diagnosed(look: Look) -> Look:
     return replace(look, measurement=diagnose(look.measurement))
 
 
-def _paced(row: Scenario, rate: float | None) -> Scenario:
-    """The row with a schedule that goes up to that part of the user's rate.
-
-    A schedule without a peak of its own is none that the trial has tried.
-    """
-    if rate is None or SCHEDULE not in row.apply:
+def _paced(row: Scenario, rate: float) -> Scenario:
+    """The row with a schedule, if it has one, that goes up to that part of the user's rate."""
+    if rate == 1.0 or SCHEDULE not in row.apply:
         return row
-    if rate == 1.0:
-        others = tuple(remedy for remedy in row.apply if remedy != SCHEDULE)
-        return row.model_copy(update={"apply": others})
     dose = {**row.dose, SCHEDULE: {**row.dose.get(SCHEDULE, {}), "peak": rate}}
     return row.model_copy(update={"dose": dose})
 

@@ -117,12 +117,12 @@ def stabilize(
 ) -> Report:
     """Measures, mends in place and measures again; the report shows both and can undo all.
 
-    Takes `audit`'s readings options; total_steps: planned optimizer steps (without them the
-    schedule warms up and holds); tiers: what may be changed; skip: paths to leave alone.
-    trial: with data and a loss, candidates train a little, all of it taken back, and only what
-    then is better than nothing is applied; False for the probe's word alone, a number for the
-    steps per candidate. Raises RefusedError before anything is touched, or RewriteError with
-    all restored.
+    Takes `audit`'s readings options; total_steps: planned optimizer steps, at which the cosine
+    from a trial's peak ends (without them it holds); tiers: what may be changed; skip: paths to
+    leave alone. trial: with data and a loss, candidates train a little, all of it taken back,
+    and only what then is better than nothing is applied; False for the probe's word alone, a
+    number for the steps per candidate. Raises RefusedError before anything is touched, or
+    RewriteError with all restored.
     """
     request = Request(data, inputs, loss, step, memory, total_steps, seed, trial)
     report = _stabilized(model, optimizer, request, tiers, rules, skip, verbose, keep=True)
