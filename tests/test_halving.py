@@ -115,6 +115,16 @@ def test_half_go_on_and_changing_nothing_always_does() -> None:
     assert [c.name for c in survivors(crowd, worse)] == [NOTHING, "d"]
 
 
+def test_the_least_invasive_goes_on_where_it_is_worth_something() -> None:
+    crowd = [NONE, candidate("structure", "structure"), candidate("step", "step", rank=2)]
+    alike = levels(nothing=2.0, structure=1.0, step=1.0)
+    assert [c.name for c in survivors(crowd, alike)] == [NOTHING, "structure", "step"]
+    idle = levels(nothing=1.0, structure=1.0, step=1.0)
+    assert [c.name for c in survivors(crowd, idle)] == [NOTHING, "structure"]
+    better = levels(nothing=2.0, structure=0.5, step=1.0)
+    assert [c.name for c in survivors(crowd, better)] == [NOTHING, "structure"]
+
+
 def test_what_was_stopped_does_not_go_on() -> None:
     heat = Heat(seed=0, steps=3, courses=(course([1] * 3, NOTHING), course([9], "a", "rose")))
     assert survivors([NONE, candidate("a", "values")], heat) == [NONE]
@@ -142,9 +152,21 @@ class Runs:
         return tuple(course(self.loss(c.name, seed) + noise, c.name) for c in running)
 
 
+def room(crowd: int, lengths: Sequence[int]) -> int:
+    """Steps of these heats, when half of the others go on from each."""
+    total = 0
+    for length in lengths:
+        total, crowd = total + crowd * length, 1 + max(1, crowd // 2)
+    return total
+
+
 def outcome(
-    crowd: Sequence[Candidate], runs: Runs, lengths: Sequence[int] = (40, 80), left: int = 0
+    crowd: Sequence[Candidate],
+    runs: Runs,
+    lengths: Sequence[int] = (40, 80),
+    left: int | None = None,
 ) -> Outcome:
+    left = room(len(crowd), lengths) if left is None else left
     return halved(crowd, lengths, left, runs)
 
 
@@ -202,8 +224,8 @@ def test_a_heat_that_stands_alone_has_to_be_clearer() -> None:
     def winner(found: Outcome) -> str:
         return next(e.candidate.name for e in found.entries if e.fate == "won")
 
-    assert winner(halved(crowd, (40, 80), 0, run)) == "a"
-    assert winner(halved(crowd, (80,), 0, run)) == NOTHING
+    assert winner(halved(crowd, (40, 80), 320, run)) == "a"
+    assert winner(halved(crowd, (80,), 160, run)) == NOTHING
 
 
 @pytest.mark.parametrize(

@@ -129,11 +129,14 @@ def test_a_structure_that_trains_is_taken_back_too() -> None:
 
 
 def test_the_less_invasive_of_two_that_learn_alike_wins() -> None:
-    found = race(subject(), [CHRONO, MORPH.model_copy(update={"dose": {}})], [CHRONO])
-    assert found.winner.tier in ("values", "structure")
-    if found.winner.tier == "structure":
-        values = next(e for e in found.entries if e.candidate.name == "chrono_bias")
-        assert values.fate != "won"
+    """A bound that no matrix comes near changes nothing but the class."""
+    bound = Change(remedy="spectral_bound", path="rnn", tier="structure", dose={"bound": 1e3})
+    found = race(subject(), [CHRONO, bound], [CHRONO])
+    first = found.heats[0]
+    assert first["chrono_bias"].losses == pytest.approx(
+        first["chrono_bias + spectral_bound"].losses, rel=1e-3
+    )
+    assert found.winner.name == "chrono_bias"
 
 
 def test_an_error_in_a_candidate_only_loses() -> None:

@@ -105,6 +105,7 @@ def survivors(candidates: Sequence[Candidate], heat: Heat) -> list[Candidate]:
     """Those that go on: changing nothing, and at most half of the others.
 
     First go those that did not end, then those that another clearly beats, then the last by rank.
+    The least invasive of the rest stays with them where it is clearly better than nothing.
     """
     rest = [c for c in candidates if c.name != NOTHING and heat[c.name].sound]
     if not rest:
@@ -113,6 +114,9 @@ def survivors(candidates: Sequence[Candidate], heat: Heat) -> list[Candidate]:
     alike = [c for c in rest if not gain_of(heat[best.name], heat[c.name]).clear]
     alike.sort(key=lambda c: c.rank)
     kept = alike[: max(1, len(candidates) // 2)]
+    least = min(alike, key=lambda c: c.invasiveness)
+    if gain_of(heat[least.name], heat[NOTHING]).clear:
+        kept.append(least)
     return [c for c in candidates if c.name == NOTHING or c in kept]
 
 
@@ -160,14 +164,15 @@ def halved(candidates: Sequence[Candidate], lengths: Sequence[int], left: int, r
 
 
 def _next_length(lengths: Sequence[int], heats: Sequence[Heat], room: int) -> int | None:
-    """Steps of the next heat: as planned, then twice the last one's or what there is room for.
+    """Steps of the next heat: as planned, then twice the last one's, if there is room for that.
 
     None where there is no room for one that could tell more than the last.
     """
-    if len(heats) < len(lengths):
-        return lengths[len(heats)]
-    last = heats[-1].steps if heats else 0
-    return min(2 * last, room) if last and room >= LONGER * last else None
+    if not heats:
+        return lengths[0] if lengths else None
+    last, planned = heats[-1].steps, len(heats) < len(lengths)
+    steps = min(lengths[len(heats)] if planned else 2 * last, room)
+    return steps if steps >= LONGER * last else None
 
 
 def _entries(
