@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 from rnnguard.records import TIERS, Change, Record, Tier
 
 NOTHING = "change nothing"
-Fate = Literal["won", "not better", "dropped", "stopped", "failed"]
+Fate = Literal["won", "not better", "dropped", "stopped"]
 
 
 class Candidate(Record):
@@ -101,7 +101,8 @@ class Race(Record):
     """All that a trial tried: every heat, every candidate's fate, and what it cost.
 
     `steps` and `seconds` are what it took, all candidates and range tests together; `complete`:
-    whether all heats that were needed fitted into the budget.
+    whether no heat was cut short; `left_out`: candidates for which there was no budget, or that
+    cannot be applied here.
     """
 
     entries: tuple[Entry, ...]
@@ -112,6 +113,7 @@ class Race(Record):
     seconds: float
     batches: int
     complete: bool
+    left_out: tuple[str, ...] = ()
 
     @property
     def winner(self) -> Candidate:

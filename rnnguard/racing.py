@@ -136,6 +136,7 @@ def raced(
         seconds=time.perf_counter() - started,
         batches=len(subject.batches.batches),
         complete=outcome.complete,
+        left_out=tuple(_name(plan, 1.0) for plan in wanted if plan and plan not in sound),
     )
 
 

@@ -169,6 +169,13 @@ def test_a_way_back_that_fails_is_told_and_no_loss(monkeypatch: pytest.MonkeyPat
 def test_what_cannot_be_applied_is_no_candidate() -> None:
     found = race(subject(), [CHRONO.model_copy(update={"path": "nowhere"})], [CHRONO])
     assert set(fates(found)) == {NOTHING, "chrono_bias"}
+    assert found.left_out == ("chrono_bias",)
+
+
+def test_what_there_is_no_budget_for_is_told() -> None:
+    found = race(subject(), [CHRONO], [MORPH], budget=Budget(steps=20, total=60, seconds=60))
+    assert set(fates(found)) == {NOTHING, "chrono_bias"}
+    assert found.left_out == ("layer_norm",)
 
 
 def test_an_interrupt_restores_everything() -> None:

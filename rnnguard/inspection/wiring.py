@@ -22,7 +22,7 @@ _PRODUCTS = {"mul", "__mul__", "__rmul__", "multiply"}
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 _DIFFERENCES = {"sub", "__sub__", "rsub", "__rsub__"}
 _SIGMOIDS = {"sigmoid", "sigmoid_", "hardsigmoid"}
-_AROUND_FEATURES = {"select", "squeeze", "unsqueeze", "transpose"}
+_AROUND_FEATURES = {"select", "squeeze", "transpose"}
 _PARTS = {"chunk", "split", "tensor_split", "unbind"}
 
 

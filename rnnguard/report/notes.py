@@ -106,6 +106,8 @@ def about_race(race: Race | None, scheduled: bool) -> Iterator[str]:
     yield f"Trial: {len(race.entries)} candidates, {took}, all taken back."
     if not race.complete:
         yield "The trial's budget was spent before its last heat; `trial=` sets its steps."
+    if race.left_out:
+        yield f"Not in the trial, for want of steps or of a place: {'; '.join(race.left_out)}."
     longest = max((heat.steps for heat in race.heats), default=0)
     if longest > race.batches:
         passes = f"up to {math.ceil(longest / race.batches)} times each"
